@@ -1,0 +1,24 @@
+"""Synchronized batch normalization for Apache MXNet Gluon."""
+
+from .compatibility import check_environment
+
+check_environment()
+
+# What MXNet 1.9.1 is right beside must be checked before these import it.
+from .data_parallel_criterion import DataParallelCriterion  # noqa: E402
+from .key_barrier import get_timeout, set_timeout  # noqa: E402
+from .model_data_parallel import ModelDataParallel  # noqa: E402
+from .parallel_backward import parallel_backward  # noqa: E402
+from .sync_batch_norm import BatchNorm, SyncBatchNorm  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm",
+    "DataParallelCriterion",
+    "ModelDataParallel",
+    "SyncBatchNorm",
+    "get_timeout",
+    "parallel_backward",
+    "set_timeout",
+]

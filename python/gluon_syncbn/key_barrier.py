@@ -1,0 +1,121 @@
+"""The key-barrier's face in Python: its deadline, its members, and ending its rounds."""
+
+import atexit
+import ctypes
+import math
+import os
+
+from .library import LIBRARY, check
+
+TIMEOUT_VARIABLE = "GLUON_SYNCBN_TIMEOUT"
+
+
+def _strings(keys):
+    encoded = [key.encode() for key in keys]
+    return (ctypes.c_char_p * len(encoded))(*encoded), len(encoded)
+
+
+def _seconds(value, where):
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 < seconds <= 1e8:
+        raise ValueError(f"{where} must be a number of seconds above 0, but is {value!r}")
+    return seconds
+
+
+class KeyBarrier:
+    """The rounds of one registry of keys; see ``src/operator/key_barrier.h``.
+
+    Parameters
+    ----------
+    handle : int or None
+        A barrier of the library; None is the process's own, which the operators use.
+    """
+
+    def __init__(self, handle=None):
+        self._handle = handle
+
+    @property
+    def timeout(self):
+        """Seconds after its first arrival at which an incomplete round fails."""
+        return LIBRARY.GluonSyncBNBarrierTimeout(self._handle)
+
+    @timeout.setter
+    def timeout(self, seconds):
+        LIBRARY.GluonSyncBNBarrierSetTimeout(self._handle, _seconds(seconds, "the timeout"))
+
+    @property
+    def failures(self):
+        """How many rounds have failed so far."""
+        return LIBRARY.GluonSyncBNBarrierFailures(self._handle)
+
+    def members_differ(self, keys, num_devices):
+        """Whether any of these keys is set to another number of devices."""
+        strings, count = _strings(keys)
+        return (
+            check(
+                LIBRARY.GluonSyncBNBarrierSetMembers(self._handle, strings, count, num_devices, 1)
+            )
+            > 0
+        )
+
+    def set_members(self, keys, num_devices):
+        """Let ``num_devices`` devices come to these keys, whatever the operators say."""
+        strings, count = _strings(keys)
+        check(LIBRARY.GluonSyncBNBarrierSetMembers(self._handle, strings, count, num_devices, 0))
+
+    def abort(self, keys, why):
+        """Fail all rounds of these keys, and every arrival until ``resume``; "" is every key."""
+        strings, count = _strings(keys)
+        check(LIBRARY.GluonSyncBNBarrierAbort(self._handle, strings, count, why.encode()))
+
+    def resume(self, keys):
+        """Take ``abort`` back."""
+        strings, count = _strings(keys)
+        check(LIBRARY.GluonSyncBNBarrierResume(self._handle, strings, count))
+
+    def close(self, why):
+        """Fail all rounds and every later arrival."""
+        check(LIBRARY.GluonSyncBNBarrierClose(self._handle, why.encode()))
+
+
+if TIMEOUT_VARIABLE in os.environ:
+    _seconds(os.environ[TIMEOUT_VARIABLE], f"the environment variable {TIMEOUT_VARIABLE}")
+
+BARRIER = KeyBarrier()
+# MXNet waits at exit for what is pending; a device that still waits for others is let go first.
+atexit.register(BARRIER.close, "the process is ending")
+
+
+def set_timeout(seconds):
+    """Set the deadline of an exchange.
+
+    A device that waits longer than this for the others raises :class:`mxnet.MXNetError` when its
+    result is read, instead of waiting for ever.
+
+    Parameters
+    ----------
+    seconds : float
+        The new deadline, for exchanges that wait already, too.  The default is 120, or what the
+        environment variable ``GLUON_SYNCBN_TIMEOUT`` says.
+
+    Raises
+    ------
+    ValueError
+        If ``seconds`` is not a positive number.
+
+    Examples
+    --------
+    >>> import gluon_syncbn
+    >>> gluon_syncbn.set_timeout(600)   # one device compiles for minutes in its first step
+    >>> gluon_syncbn.get_timeout()
+    600.0
+    """
+    BARRIER.timeout = seconds
+
+
+def get_timeout():
+    """The deadline of an exchange in seconds; see :func:`set_timeout`."""
+    return BARRIER.timeout

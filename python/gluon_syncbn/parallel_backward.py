@@ -1,0 +1,61 @@
+"""The backward pass of a data-parallel network."""
+
+from mxnet import autograd
+
+from . import device_threads
+from .shares import arrays_in
+
+
+def parallel_backward(losses, head_grads=None, retain_graph=False, train_mode=True):
+    """Compute the gradients of losses on several devices, each in its device's thread.
+
+    On CPU contexts this is how gradients are taken; plain ``autograd.backward`` pushes one
+    device's operators after the other's from one thread, which can deadlock there (see
+    docs/architecture.md).  On GPU contexts both work.
+
+    Parameters
+    ----------
+    losses : list of NDArray
+        What :class:`DataParallelCriterion` gives: one loss per device.  An entry may be a list or
+        tuple of losses on one device.
+    head_grads : list of NDArray, optional
+        The gradients of the losses, in the same arrangement; ones by default.
+    retain_graph : bool, default False
+        Keep the graph for another backward pass.
+    train_mode : bool, default True
+        Whether to differentiate for training.
+
+    Raises
+    ------
+    TypeError
+        If ``losses`` is no list of NDArrays.
+    ValueError
+        If ``losses`` is empty or ``head_grads`` does not match it.
+
+    Examples
+    --------
+    See :class:`ModelDataParallel`.
+    """
+    heads = list(arrays_in(losses))
+    if isinstance(losses, (list, tuple)) and not losses:
+        raise ValueError("the list of losses is empty; give the loss of one device at least")
+    if not isinstance(losses, (list, tuple)) or not heads:
+        raise TypeError("losses must be a list with one NDArray per device")
+    grads = [None] * len(heads) if head_grads is None else list(arrays_in(head_grads))
+    if len(grads) != len(heads):
+        raise ValueError(f"there are {len(heads)} losses, but {len(grads)} head gradients")
+    by_device = {}
+    for head, grad in zip(heads, grads):
+        by_device.setdefault(head.context, []).append((head, grad))
+
+    def backward(pairs):
+        head, grad = zip(*pairs)
+        autograd.backward(
+            list(head), None if head_grads is None else list(grad), retain_graph, train_mode
+        )
+
+    tasks = [(c, lambda pairs=pairs: backward(pairs)) for c, pairs in by_device.items()]
+    if len(tasks) == 1:
+        backward(by_device[tasks[0][0]])
+    else:
+        device_threads.run(tasks, [""])

@@ -1,0 +1,191 @@
+"""The layer: batch normalization over the whole batch, wherever its parts lie."""
+
+import weakref
+
+from mxnet import autograd
+from mxnet.gluon import nn
+from mxnet.ndarray import NDArray
+
+# key -> the layer that has it, so that no two layers meet under one key.
+_OWNERS = weakref.WeakValueDictionary()
+
+
+class SyncBatchNorm(nn.BatchNorm):
+    """Batch normalization with statistics over all devices.
+
+    Ordinary batch normalization sees one device's share of the batch; this one normalizes over the
+    whole batch [1]_, [2]_.  It takes the place of :class:`mxnet.gluon.nn.BatchNorm`: parameter
+    names are the same, so checkpoints go both ways.  Uneven shares are exact, since every element
+    counts the same.  Outside of training it uses its moving statistics and waits for nobody.
+
+    Parameters
+    ----------
+    in_channels : int, default 0
+        Number of channels.  0: taken from the first input.
+    num_devices : int or None, default None
+        How many devices take part.  None: what :class:`ModelDataParallel` says; outside of one,
+        the number of visible GPUs, or 1.
+    momentum : float, default 0.9
+        How much the moving statistics keep: ``moving = moving * momentum + batch * (1 -
+        momentum)``.  The moving variance is the biased one, as in MXNet.
+    epsilon : float, default 1e-5
+        Added to the variance.
+    center : bool, default True
+        Learn ``beta``.
+    scale : bool, default True
+        Learn ``gamma``; otherwise it is taken as 1.
+    use_global_stats : bool, default False
+        Normalize by the moving statistics in training, too.
+    beta_initializer, gamma_initializer : str or Initializer, default 'zeros' and 'ones'
+    running_mean_initializer, running_variance_initializer : str or Initializer, \
+default 'zeros' and 'ones'
+    axis : int, default 1
+        The channel axis; negative from the end, so -1 is channels last.
+
+    Inputs
+    ------
+    data : NDArray or Symbol
+        float16, float32 or float64, of 2 or more dimensions.
+
+    Outputs
+    -------
+    out : NDArray or Symbol
+        As ``data``.
+
+    Raises
+    ------
+    ValueError
+        If ``num_devices`` is neither None nor a positive integer.
+    mxnet.MXNetError
+        From the call for integer data, an axis out of range or channels that do not match; when
+        the output is read, if another device did not come within the deadline (see
+        :func:`gluon_syncbn.set_timeout`).
+
+    References
+    ----------
+    .. [1] Ioffe and Szegedy, "Batch Normalization", ICML 2015, https://arxiv.org/abs/1502.03167
+    .. [2] Zhang et al., "Context Encoding for Semantic Segmentation", CVPR 2018,
+       https://arxiv.org/abs/1803.08904
+
+    Examples
+    --------
+    >>> import mxnet as mx
+    >>> from gluon_syncbn import ModelDataParallel, SyncBatchNorm
+    >>> ctx = [mx.cpu(0), mx.cpu(1)]
+    >>> layer = SyncBatchNorm()
+    >>> layer.initialize(ctx=ctx)
+    >>> net = ModelDataParallel(layer, ctx)
+    >>> with mx.autograd.record():
+    ...     out = net([mx.nd.zeros((2, 3), ctx[0]), mx.nd.ones((2, 3), ctx[1])])
+    >>> [o[0, 0].asscalar().round(2) for o in out]
+    [-1.0, 1.0]
+    """
+
+    def __init__(
+        self,
+        in_channels=0,
+        num_devices=None,
+        momentum=0.9,
+        epsilon=1e-5,
+        center=True,
+        scale=True,
+        use_global_stats=False,
+        beta_initializer="zeros",
+        gamma_initializer="ones",
+        running_mean_initializer="zeros",
+        running_variance_initializer="ones",
+        axis=1,
+        **kwargs,
+    ):
+        if num_devices is not None and not (
+            isinstance(num_devices, int) and not isinstance(num_devices, bool) and num_devices > 0
+        ):
+            raise ValueError(
+                f"num_devices must be a positive integer, or None for what ModelDataParallel "
+                f"says, but is {num_devices!r}"
+            )
+        super().__init__(
+            axis=axis,
+            momentum=momentum,
+            epsilon=epsilon,
+            center=center,
+            scale=scale,
+            use_global_stats=use_global_stats,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            running_mean_initializer=running_mean_initializer,
+            running_variance_initializer=running_variance_initializer,
+            in_channels=in_channels,
+            **kwargs,
+        )
+        self._kwargs["num_devices"] = num_devices  # shown by repr()
+        self._key = None
+        self._uses = 0  # in graphs
+
+    def _alias(self):
+        # Gluon names parameters after this; checkpoints by full names go both ways, too.
+        return "batchnorm"
+
+    @property
+    def num_devices(self):
+        """The number of devices that the layer was given, or None."""
+        return self._kwargs["num_devices"]
+
+    @property
+    def key(self):
+        """The name under which the devices meet: the layer's prefix, made unique."""
+        if self._key is None or _OWNERS.get(self._key) is not self:
+            name, count = self.prefix or self._alias(), 1
+            self._key = name
+            while _OWNERS.setdefault(self._key, self) is not self:
+                count += 1
+                self._key = f"{name}#{count}"
+        return self._key
+
+    def hybrid_forward(self, F, x, gamma, beta, running_mean, running_var):
+        options = {k: self._kwargs[k] for k in ("axis", "eps", "momentum", "fix_gamma")}
+        normalize = F._internal._syncbn_normalize
+        # A graph learns only when it runs whether it is in training; a call of ours knows now.
+        if self._kwargs["use_global_stats"] or (
+            isinstance(x, NDArray) and not autograd.is_training()
+        ):
+            return normalize(
+                data=x,
+                gamma=gamma,
+                beta=beta,
+                moving_mean=running_mean,
+                moving_var=running_var,
+                use_global_stats=True,
+                name="fwd",
+                **options,
+            )
+        handed, local, coefficients = F._internal._syncbn_moments(
+            x, axis=options["axis"], name="moments"
+        )
+        call = 0
+        if not isinstance(x, NDArray):
+            # A graph may run a layer's several uses in any order, so each gets a number.
+            call = self._uses
+            self._uses += 1
+        total = F._internal._syncbn_sum(
+            local,
+            running_mean,
+            key=self.key,
+            num_devices=self.num_devices or 0,
+            call=call,
+            name="sum",
+        )
+        return normalize(
+            handed,
+            total,
+            coefficients,
+            gamma,
+            beta,
+            running_mean,
+            running_var,
+            name="fwd",
+            **options,
+        )
+
+
+BatchNorm = SyncBatchNorm

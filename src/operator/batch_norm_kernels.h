@@ -1,0 +1,114 @@
+// The four kernels of batch normalization, said once for every device.
+//
+// A feature map of any rank and channel axis is outer x channels x inner.  Statistics are
+// float64 per channel; parameters (gamma, beta, moving statistics) are float32 beside float16 and
+// float32 data and float64 beside float64 data.  The notation is that of Ioffe and Szegedy, "Batch
+// Normalization", ICML 2015 (https://arxiv.org/abs/1502.03167), with r = 1 / sqrt(var + epsilon):
+//
+//   y     = gamma * (x - mean) * r + beta
+//   dx    = A * dy + B * (x - mean) + C,   A = gamma * r
+//   B     = -A * r^2 / count * sum(dy * (x - mean)),   C = -A / count * sum(dy)
+//
+// where mean, var, count and both sums run over all devices.  (x - mean) is the offset-free
+// quantity: it is taken first, with the mean as a pair of numbers, so that nothing is lost when
+// the data lie far from zero.
+//
+// These functions know no MXNet.  `Device` is Cpu below; another device brings its own tag, with a
+// stream in it, and its own definitions of the same four functions.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace gluon_syncbn {
+
+enum class DataType { kFloat16, kFloat32, kFloat64 };
+
+// What to do with a result: leave it away, write it, or add it to what is there.
+enum class Request { kNull, kWrite, kAdd };
+
+struct FeatureShape {
+  std::size_t outer = 0;
+  std::size_t channels = 0;
+  std::size_t inner = 0;
+  std::size_t count() const { return outer * inner; }  // elements per channel
+};
+
+struct Cpu {};
+
+// The statistics that travel: sum(x), sum(x^2) per channel, then the count.
+// A count of 0 says that nobody measured: the moving statistics are used.
+inline std::size_t StatisticsSize(std::size_t channels) { return 2 * channels + 1; }
+// What the backward pass needs beside the exchanged sums: A and the mean, per channel.
+inline std::size_t CoefficientsSize(std::size_t channels) { return 2 * channels; }
+
+// Moments, forward: statistics of this device's share.
+struct MomentsForward {
+  DataType type;
+  FeatureShape shape;
+  const void* x;
+  void* copy;  // x handed through; may be x itself, then nothing is written
+  double* statistics;
+};
+
+// Normalize, forward.  In training (statistics with a count) it also moves the moving statistics,
+// with the biased variance, as MXNet's BatchNorm does.
+struct NormalizeForward {
+  DataType type;
+  FeatureShape shape;
+  double epsilon;
+  double momentum;
+  bool fix_gamma;
+  const void* x;
+  const double* statistics;  // over all devices; null: use the moving statistics
+  const void* gamma;
+  const void* beta;
+  void* moving_mean;
+  void* moving_var;
+  Request y_request;
+  void* y;
+};
+
+// Normalize, backward: the sums over dy.
+// With statistics: dy is handed through, `statistics_grad` gets this device's part of C and B
+// (they are summed over the devices), `coefficients_grad` gets A and the mean.
+// Without: `dx` is the gradient of x.
+struct NormalizeBackward {
+  DataType type;
+  FeatureShape shape;
+  double epsilon;
+  bool fix_gamma;
+  const void* dy;
+  const void* x;
+  const double* statistics;
+  const void* gamma;
+  const void* moving_mean;
+  const void* moving_var;
+  Request dx_request;
+  void* dx;  // may be dy itself
+  double* statistics_grad;
+  double* coefficients_grad;
+  Request gamma_request;
+  void* gamma_grad;
+  Request beta_request;
+  void* beta_grad;
+};
+
+// Moments, backward: dx from dy, x and the exchanged sums.
+struct MomentsBackward {
+  DataType type;
+  FeatureShape shape;
+  const void* dy;
+  const void* x;
+  const double* statistics_grad;
+  const double* coefficients_grad;
+  Request dx_request;
+  void* dx;  // may be dy itself
+};
+
+void Run(Cpu, const MomentsForward& kernel);
+void Run(Cpu, const NormalizeForward& kernel);
+void Run(Cpu, const NormalizeBackward& kernel);
+void Run(Cpu, const MomentsBackward& kernel);
+
+}  // namespace gluon_syncbn

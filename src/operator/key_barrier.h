@@ -1,0 +1,126 @@
+// The cross-device key-barrier sum exchange.
+//
+// Every participant brings a vector under a key; when all that are expected have come, each
+// gets the sum over all.  Nobody blocks: an arrival leaves a completion behind and returns, so no
+// order of arrival can deadlock.  The class knows neither MXNet nor any device; a participant is a
+// number, which fixes its place in the sum, and a name for messages.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace gluon_syncbn {
+
+// What one participant brings.
+struct Arrival {
+  std::string key;
+  // A key that is used in several places tells them apart by this number.
+  int call = 0;
+  // Arrivals meet within a lane of their key and call.  Lane 0 is the forward exchange; the
+  // backward exchange of a round uses the round's own number, so that it meets its own round's
+  // participants in whatever order the devices run backward.
+  std::uint64_t lane = 0;
+  std::uint64_t participant = 0;
+  std::string name;
+  int num_devices = 1;
+  std::vector<double> values;
+};
+
+// What every participant of a round gets.
+struct Outcome {
+  const std::vector<double>* total = nullptr;  // null when the round failed; valid during the call
+  std::uint64_t round = 0;                     // never 0 for a round that succeeded
+  int num_devices = 0;                         // how many took part
+  std::string error;                           // says what failed and what to do
+};
+
+// Called exactly once per arrival, from the thread of the last arrival, from the thread of
+// whoever ended the round, or from the barrier's own thread; never under its lock.
+using Completion = std::function<void(const Outcome&)>;
+
+class KeyBarrier {
+ public:
+  // A round that is not complete `timeout_seconds` after its first arrival fails.
+  explicit KeyBarrier(double timeout_seconds);
+  ~KeyBarrier();
+  KeyBarrier(const KeyBarrier&) = delete;
+  KeyBarrier& operator=(const KeyBarrier&) = delete;
+
+  // Joins the oldest open round of its lane in which this participant is not yet present,
+  // or opens one.  The sum is taken in the order of the participants' numbers, not of arrival: the
+  // result is the same, bit for bit, on every run.
+  // An arrival whose length or number of devices contradicts its round fails the round.
+  void Arrive(Arrival arrival, Completion done);
+
+  // How many devices come to the forward rounds of this key, whatever the arrivals say; 0 lets the
+  // arrivals decide again.  Rounds that are open keep their own number.
+  void SetMembers(const std::string& key, int num_devices);
+  int Members(const std::string& key) const;
+
+  // Fails the open rounds of these keys (the key "" stands for all), and every arrival under them
+  // until Resume.
+  void Abort(const std::vector<std::string>& keys, const std::string& why);
+  void Resume(const std::vector<std::string>& keys);
+  // Fails every open round and every later arrival: the process is going away.
+  void Close(const std::string& why);
+
+  void SetTimeout(double seconds);
+  double Timeout() const;
+  // Rounds that have failed so far.
+  std::uint64_t Failures() const;
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  struct Present {
+    Arrival arrival;
+    Completion done;
+  };
+  struct Round {
+    std::uint64_t id;
+    int num_devices;
+    Clock::time_point opened;
+    std::vector<Present> present;
+  };
+  struct FailedRound {
+    Round round;
+    std::string error;
+  };
+  using Lane = std::tuple<std::string, int, std::uint64_t>;
+
+  static void Complete(Round round);
+  // `pause`: see the definition.
+  static void Fail(std::vector<FailedRound> failed, std::chrono::milliseconds pause);
+  std::string Describe(const Round& round) const;
+  template <typename Predicate>
+  std::vector<FailedRound> TakeRounds(Predicate predicate, const std::string& why);
+  void StartWatch();
+  void Watch();
+
+  mutable std::mutex mutex_;
+  std::map<Lane, std::vector<Round>> open_;  // the rounds of a lane, oldest first
+  std::map<std::string, int> members_;
+  std::map<std::string, std::string> aborted_;  // key -> why
+  std::string closed_;                          // why; empty while open
+  std::uint64_t next_round_ = 1;
+  std::uint64_t failures_ = 0;
+  Clock::duration timeout_;
+
+  std::thread watch_;  // started by the first round that has to wait
+  int watch_pid_ = 0;
+  std::condition_variable wake_;
+  Clock::time_point next_look_ = Clock::time_point::max();
+  bool stop_ = false;
+};
+
+}  // namespace gluon_syncbn

@@ -1,0 +1,139 @@
+// _syncbn_moments: the statistics of one device's share, and the last step of the backward pass.
+//
+//   forward   data -> data handed through, statistics, coefficients (a way back, see below)
+//   backward  dy, the exchanged sums, A and mean -> gradient of data
+//
+// The data travel through so that the gradient of the first output is dy itself, handed through by
+// _syncbn_normalize; the coefficients are an output whose gradient brings what is local, past the
+// exchange.  docs/architecture.md has the picture.
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "operator_property.h"
+#include "operator_util.h"
+
+namespace gluon_syncbn {
+namespace {
+
+enum Outputs { kHanded, kStatistics, kCoefficients };
+
+struct MomentsParam : public dmlc::Parameter<MomentsParam> {
+  int axis;
+  DMLC_DECLARE_PARAMETER(MomentsParam) {
+    DMLC_DECLARE_FIELD(axis).set_default(1).describe("The channel axis; negative from the end.");
+  }
+};
+
+class MomentsOp : public mxnet::Operator {
+ public:
+  MomentsOp(const MomentsParam& param, const mxnet::Context& context) : param_(param) {
+    NeedCpu(context);
+  }
+
+  void Forward(const mxnet::OpContext& ctx, const std::vector<mxnet::TBlob>& in_data,
+               const std::vector<mxnet::OpReqType>& req, const std::vector<mxnet::TBlob>& out_data,
+               const std::vector<mxnet::TBlob>&) override {
+    const mxnet::TBlob& x = in_data[0];
+    void* copy = req[kHanded] == mxnet::kNullOp ? x.dptr_ : out_data[kHanded].dptr_;
+    double* statistics = out_data[kStatistics].dptr<double>();
+    std::fill_n(out_data[kCoefficients].dptr<double>(), out_data[kCoefficients].Size(), 0.0);
+    if (ctx.is_train) {
+      Run(Cpu(), MomentsForward{ToDataType(x.type_flag_), ToFeatureShape(x.shape_, param_.axis),
+                                x.dptr_, copy, statistics});
+    } else {
+      // A count of 0: nobody measured, so the moving statistics are used and nobody waits.
+      std::fill_n(statistics, out_data[kStatistics].Size(), 0.0);
+      if (copy != x.dptr_) {
+        std::copy_n(static_cast<const char*>(x.dptr_),
+                    x.Size() * mshadow::mshadow_sizeof(x.type_flag_), static_cast<char*>(copy));
+      }
+    }
+  }
+
+  void Backward(const mxnet::OpContext&, const std::vector<mxnet::TBlob>& out_grad,
+                const std::vector<mxnet::TBlob>&, const std::vector<mxnet::TBlob>& out_data,
+                const std::vector<mxnet::OpReqType>& req, const std::vector<mxnet::TBlob>& in_grad,
+                const std::vector<mxnet::TBlob>&) override {
+    const mxnet::TBlob& x = out_data[kHanded];
+    Run(Cpu(), MomentsBackward{
+                   ToDataType(x.type_flag_), ToFeatureShape(x.shape_, param_.axis),
+                   out_grad[kHanded].dptr_, x.dptr_, out_grad[kStatistics].dptr<double>(),
+                   out_grad[kCoefficients].dptr<double>(), ToRequest(req[0]), in_grad[0].dptr_});
+  }
+
+ private:
+  MomentsParam param_;
+};
+
+class MomentsProperty : public ParameterizedProperty<MomentsProperty, MomentsParam> {
+ public:
+  std::string TypeString() const override { return "_syncbn_moments"; }
+  mxnet::Operator* CreateOperator(mxnet::Context context) const override {
+    return new MomentsOp(param_, context);
+  }
+
+  std::vector<std::string> ListOutputs() const override {
+    return {"handed", "statistics", "coefficients"};
+  }
+
+  bool InferShape(mxnet::ShapeVector* in, mxnet::ShapeVector* out,
+                  mxnet::ShapeVector* aux) const override {
+    out->resize(3);
+    aux->clear();
+    mxnet::TShape& data = in->at(0);
+    Unify(&data, &out->at(kHanded), "data");
+    if (!mxnet::ndim_is_known(data)) return false;
+    const auto channels = data[ChannelAxis(param_.axis, data.ndim())];
+    if (mxnet::dim_size_is_known(channels)) {
+      const auto c = static_cast<std::size_t>(channels);
+      out->at(kStatistics) = VectorShape(StatisticsSize(c));
+      out->at(kCoefficients) = VectorShape(CoefficientsSize(c));
+    }
+    return mxnet::shape_is_known(data);
+  }
+
+  bool InferType(std::vector<int>* in, std::vector<int>* out,
+                 std::vector<int>* aux) const override {
+    out->resize(3, -1);
+    aux->clear();
+    Unify(&in->at(0), &out->at(kHanded), "data");
+    out->at(kStatistics) = mshadow::kFloat64;
+    out->at(kCoefficients) = mshadow::kFloat64;
+    if (in->at(0) == -1) return false;
+    ToDataType(in->at(0));  // throws for integers
+    return true;
+  }
+
+  // Of the data, the backward pass reads the output: the input is then free to become it.
+  std::vector<int> DeclareBackwardDependency(const std::vector<int>& out_grad,
+                                             const std::vector<int>&,
+                                             const std::vector<int>& out_data) const override {
+    return {out_grad[kHanded], out_grad[kStatistics], out_grad[kCoefficients], out_data[kHanded]};
+  }
+
+  std::vector<std::pair<int, void*>> ForwardInplaceOption(
+      const std::vector<int>& in_data, const std::vector<void*>& out_data) const override {
+    return {{in_data[0], out_data[kHanded]}};
+  }
+
+  // MXNet numbers the entries wrongly where there are several (see docs/architecture.md), but the
+  // first of the output gradients, and the only argument, come out right.
+  std::vector<std::pair<int, void*>> BackwardInplaceOption(
+      const std::vector<int>& out_grad, const std::vector<int>&, const std::vector<int>&,
+      const std::vector<void*>& in_grad) const override {
+    return {{out_grad[kHanded], in_grad[0]}};
+  }
+};
+
+DMLC_REGISTER_PARAMETER(MomentsParam);
+
+using mxnet::OperatorPropertyReg;
+MXNET_REGISTER_OP_PROPERTY(_syncbn_moments, MomentsProperty)
+    .describe("Part of gluon_syncbn's synchronized batch normalization: local moments.")
+    .add_argument("data", "NDArray-or-Symbol", "The input, of 2 or more dimensions.")
+    .add_arguments(MomentsParam::__FIELDS__());
+
+}  // namespace
+}  // namespace gluon_syncbn
