@@ -37,10 +37,12 @@ class FirstCall:
     Parameters
     ----------
     net : Block
+    call : callable
+        Runs the network on a share.
     """
 
-    def __init__(self, net):
-        self._net = net
+    def __init__(self, net, call):
+        self._net, self._call = net, call
         self._unused = set()  # what stayed unready, because the network does not use it
 
     def prepare(self, share, contexts, keys):
@@ -64,7 +66,7 @@ class FirstCall:
         recording = autograd.set_recording(False)
         try:
             with share.context:
-                self._net(*share.args, **share.kwargs)
+                self._call(share)
         finally:
             settle()
             other = next((c for c in contexts if c != share.context), None)
@@ -75,3 +77,12 @@ class FirstCall:
                     p.data(other).copyto(p.data(share.context))
             autograd.set_recording(recording)
         self._unused = _unready(self._net)
+
+    def forget(self):
+        """Drop the network's graphs after an error, so that the next call traces it anew.
+
+        In MXNet 1.9.1 a graph that once met an input of a wrong type or shape fails for ever.
+        """
+        self._net.apply(
+            lambda block: block._clear_cached_op() if isinstance(block, HybridBlock) else None
+        )

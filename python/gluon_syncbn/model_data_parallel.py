@@ -9,6 +9,7 @@ from . import device_threads
 from .exchanges import exchanges_of
 from .first_call import FirstCall
 from .key_barrier import BARRIER
+from .keyword_arguments import call
 from .shares import check_contexts, split
 
 
@@ -75,7 +76,7 @@ class ModelDataParallel:
                 "NaiveEngine runs one operator at a time, so several devices can never meet; "
                 "unset MXNET_ENGINE_TYPE, or use one device"
             )
-        self._first_call = FirstCall(net)
+        self._first_call = FirstCall(net, self._call)
         self._mode = None
         self._failures = BARRIER.failures
         self._exchanges()
@@ -93,10 +94,14 @@ class ModelDataParallel:
         exchanges = self._exchanges()
         keys = [e.key for e in exchanges]
         self._forget_failures()
-        if len(self.ctx_list) > 1:
-            self._first_call.prepare(shares[0], self.ctx_list, keys)
-        self._enter_mode(keys, len(shares))
-        outputs = self._run(shares, keys)
+        try:
+            if len(self.ctx_list) > 1:
+                self._first_call.prepare(shares[0], self.ctx_list, keys)
+            self._enter_mode(keys, len(shares))
+            outputs = self._run(shares, keys)
+        except Exception:
+            self._first_call.forget()
+            raise
         if len(shares) < len(self.ctx_list):
             self._stand_in([share.context for share in shares], exchanges)
         return outputs
@@ -137,7 +142,7 @@ class ModelDataParallel:
         return device_threads.run(tasks, keys)
 
     def _call(self, share):
-        return self.net(*share.args, **share.kwargs)
+        return call(self.net, share.args, share.kwargs)
 
     def _exchanges(self):
         exchanges = exchanges_of(self.net)

@@ -1,0 +1,55 @@
+# Everything that can be done in a checkout.  A virtual environment in .venv holds what is needed:
+# MXNet 1.9.1, the NumPy it works with, CMake and Ninja.  Choose another Python with
+# `make PYTHON=python3.9 ...`, another MXNet with `make MXNET=mxnet-cu112 ...`.
+PYTHON ?= python3
+MXNET ?= mxnet
+VENV ?= .venv
+BIN := $(VENV)/bin
+LIBRARY := python/gluon_syncbn/libgluon_syncbn.so
+SOURCES := CMakeLists.txt $(wildcard src/operator/*)
+CXX_FILES := $(wildcard src/operator/*.h src/operator/*.cc)
+EXAMPLE_ARGS ?=
+TEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+
+help:  ## list what can be done
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+train: build  ## train the example on two CPU contexts: digits, a minute (EXAMPLE_ARGS="--help")
+	$(BIN)/python examples/mnist.py $(EXAMPLE_ARGS)
+
+test: lint build  ## check formatting, then run all tests (TEST_ARGS="-k exchange")
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+build: $(LIBRARY)  ## compile the operators
+
+lint: $(VENV)/ready  ## check formatting and linting of Python and C++
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/ready  ## format Python and C++
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:  ## remove what was built; the environment stays
+	rm -rf build dist out $(LIBRARY) python/*.egg-info
+
+.PHONY: help train test build lint format clean
+
+$(LIBRARY): $(VENV)/ready $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build -G Ninja \
+	  -DMXNET_DIR="$$($(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("mxnet").origin))')"
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build
+	@touch $@
+
+# The package itself is put on the path, not copied, so that a change needs no installation.
+$(VENV)/ready: requirements.txt Makefile
+	$(PYTHON) -c 'import sys; assert (3, 8) <= sys.version_info < (3, 12), \
+	  "MXNet 1.9.1 runs on Python 3.8 to 3.11: make PYTHON=python3.11 ..."'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt $(MXNET)==1.9.1
+	echo "$(abspath python)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/gluon_syncbn.pth"
+	touch $@

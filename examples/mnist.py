@@ -1,0 +1,178 @@
+"""Train a LeNet-like network with synchronized batch normalization on several devices.
+
+Needs no data: by default it uses the handwritten digits that scikit-learn ships.  See --help.
+"""
+
+import argparse
+import os
+import time
+
+import matplotlib
+import mxnet as mx
+import numpy as np
+from mxnet import autograd, gluon
+from mxnet.gluon import nn
+from tqdm import tqdm
+
+from gluon_syncbn import (
+    DataParallelCriterion,
+    ModelDataParallel,
+    SyncBatchNorm,
+    parallel_backward,
+)
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--dataset", choices=["digits", "mnist"], default="digits", help="mnist is downloaded"
+    )
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=64, help="over all devices")
+    parser.add_argument("--num-devices", type=int, default=2)
+    parser.add_argument("--ctx", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--lr", type=float, default=0.1, help="learning rate")
+    parser.add_argument("--hybridize", action="store_true", help="compile the network to a graph")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="out", help="where the results go")
+    arguments = parser.parse_args(argv)
+    for name in ("epochs", "batch_size", "num_devices"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be 1 or more")
+    return arguments
+
+
+def load_data(dataset):
+    """Give training and test data as (images, labels); images are N x 1 x H x W in [0, 1]."""
+    if dataset == "mnist":
+        sets = [gluon.data.vision.MNIST(train=train) for train in (True, False)]
+        return [(s._data.asnumpy().transpose(0, 3, 1, 2) / 255, s._label) for s in sets]
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images, labels = digits.images[:, None] / 16, digits.target
+    # The set ends with writers that its first part has not seen, so mix before splitting.
+    order = np.random.RandomState(0).permutation(len(images))
+    train, test = order[:1437], order[1437:]
+    return [(images[train], labels[train]), (images[test], labels[test])]
+
+
+def batches(images, labels, batch_size, shuffle):
+    data = gluon.data.ArrayDataset(images.astype("float32"), labels.astype("float32"))
+    return gluon.data.DataLoader(data, batch_size, shuffle=shuffle)
+
+
+def make_network():
+    net = nn.HybridSequential()
+    with net.name_scope():
+        for channels in (16, 32):
+            net.add(
+                nn.Conv2D(channels, kernel_size=3, padding=1, use_bias=False),
+                SyncBatchNorm(),
+                nn.Activation("relu"),
+                nn.MaxPool2D(2),
+            )
+        net.add(nn.Dense(64, use_bias=False), SyncBatchNorm(), nn.Activation("relu"))
+        net.add(nn.Dense(10))
+    return net
+
+
+def split(batch, ctx_list):
+    """Split a batch over the devices; a batch smaller than that leaves some without."""
+    ctx_list = ctx_list[: len(batch)]
+    return gluon.utils.split_and_load(batch, ctx_list, even_split=False)
+
+
+def train_epoch(model, criterion, trainer, loader, ctx_list, title):
+    total = count = 0
+    progress = tqdm(loader, desc=title, unit="batch", leave=False)
+    for data, label in progress:
+        with autograd.record():
+            outputs = model(split(data, ctx_list))
+            losses = criterion(outputs, split(label, ctx_list))
+        parallel_backward(losses)
+        trainer.step(len(data))
+        total += sum(loss.sum().asscalar() for loss in losses)
+        count += len(data)
+        progress.set_postfix(loss=f"{total / count:.3f}", refresh=False)
+    return total / count
+
+
+def evaluate(model, loader, ctx_list):
+    accuracy = mx.metric.Accuracy()
+    for data, label in loader:
+        accuracy.update(split(label, ctx_list), model(split(data, ctx_list)))
+    return accuracy.get()[1]
+
+
+def draw(losses, accuracies, path):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    epochs = range(1, len(losses) + 1)
+    left.plot(epochs, losses, "o-")
+    left.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    right.plot(epochs, [100 * a for a in accuracies], "o-", color="tab:green")
+    right.set(xlabel="epoch", ylabel="test accuracy (%)")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv=None):
+    arguments = parse_arguments(argv)
+    device = mx.gpu if arguments.ctx == "gpu" else mx.cpu
+    if arguments.ctx == "gpu" and arguments.num_devices > mx.context.num_gpus():
+        raise SystemExit(
+            f"--num-devices {arguments.num_devices}, but {mx.context.num_gpus()} GPUs are visible"
+        )
+    ctx_list = [device(i) for i in range(arguments.num_devices)]
+    mx.random.seed(arguments.seed)
+    np.random.seed(arguments.seed)
+
+    train_set, test_set = load_data(arguments.dataset)
+    train_loader = batches(*train_set, arguments.batch_size, shuffle=True)
+    test_loader = batches(*test_set, arguments.batch_size, shuffle=False)
+    print(
+        f"{arguments.dataset}: {len(train_set[0])} training and {len(test_set[0])} test images, "
+        f"batches of {arguments.batch_size} over {', '.join(map(str, ctx_list))}"
+    )
+
+    net = make_network()
+    net.initialize(mx.init.Xavier(), ctx=ctx_list)
+    if arguments.hybridize:
+        net.hybridize(static_alloc=True, static_shape=True)
+    model = ModelDataParallel(net, ctx_list)
+    criterion = DataParallelCriterion(gluon.loss.SoftmaxCrossEntropyLoss(), ctx_list)
+    trainer = gluon.Trainer(
+        net.collect_params(), "sgd", {"learning_rate": arguments.lr, "momentum": 0.9, "wd": 1e-4}
+    )
+
+    losses, accuracies, start = [], [], time.time()
+    for epoch in range(1, arguments.epochs + 1):
+        title = f"epoch {epoch}/{arguments.epochs}"
+        losses.append(train_epoch(model, criterion, trainer, train_loader, ctx_list, title))
+        accuracies.append(evaluate(model, test_loader, ctx_list))
+        print(f"{title}  loss {losses[-1]:.4f}  test accuracy {accuracies[-1]:.2%}", flush=True)
+    print(f"trained in {time.time() - start:.1f} s")
+
+    os.makedirs(arguments.out, exist_ok=True)
+    prefix = os.path.join(arguments.out, arguments.dataset)
+    net.save_parameters(f"{prefix}.params")
+    net.hybridize()
+    net(mx.nd.array(test_set[0][:1], ctx=ctx_list[0]))  # export wants a graph that has run
+    net.export(prefix)
+    draw(losses, accuracies, f"{prefix}.png")
+    print(
+        f"saved {prefix}.params (load_parameters), {prefix}-symbol.json and {prefix}-0000.params "
+        f"(SymbolBlock.imports), {prefix}.png (curves)"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Networks and training runs that several tests share."""
+
+import mxnet as mx
+import numpy as np
+from mxnet import autograd, gluon
+from mxnet.gluon import nn
+
+from gluon_syncbn import (
+    DataParallelCriterion,
+    ModelDataParallel,
+    SyncBatchNorm,
+    parallel_backward,
+)
+
+STATIC = {"static_alloc": True, "static_shape": True}
+
+
+def convolutional(norm=SyncBatchNorm, widths=(8, 8, 12, 12)):
+    """Several layers of convolution and normalization: what hangs in MXNet's own SyncBatchNorm."""
+    net = nn.HybridSequential(prefix="net_")
+    with net.name_scope():
+        for width in widths:
+            net.add(nn.Conv2D(width, 3, padding=1, use_bias=False), norm(), nn.Activation("relu"))
+        net.add(nn.GlobalAvgPool2D(), nn.Dense(5))
+    return net
+
+
+class Branches(gluon.HybridBlock):
+    """Parallel branches, as in DeepLab's ASPP."""
+
+    def __init__(self, branches=5):
+        super().__init__(prefix="branches_")
+        with self.name_scope():
+            self.branches = []
+            for i in range(branches):
+                branch = nn.HybridSequential()
+                branch.add(
+                    nn.Conv2D(4 + i, 3, padding=1 + i, dilation=1 + i, use_bias=False),
+                    SyncBatchNorm(),
+                    nn.Activation("relu"),
+                )
+                self.register_child(branch)
+                self.branches.append(branch)
+            self.head = nn.Dense(5)
+
+    def hybrid_forward(self, F, x):
+        return self.head(F.concat(*[branch(x) for branch in self.branches], dim=1))
+
+
+class Shared(gluon.HybridBlock):
+    """One normalization in two places that do not depend on each other."""
+
+    def __init__(self):
+        super().__init__(prefix="shared_")
+        with self.name_scope():
+            self.left, self.right = nn.Conv2D(6, 3, use_bias=False), nn.Conv2D(6, 1, use_bias=False)
+            self.norm, self.head = SyncBatchNorm(), nn.Dense(5)
+
+    def hybrid_forward(self, F, x):
+        left, right = self.norm(self.left(x)), self.norm(self.right(x))
+        return self.head(F.concat(F.flatten(left), F.flatten(right), dim=1))
+
+
+class Waiting(nn.HybridSequential):
+    """A network that waits for its input in the middle, as one that prints does."""
+
+    def forward(self, x):
+        for child in self._children.values():
+            x = child(x)
+            if isinstance(x, mx.nd.NDArray):
+                x.wait_to_read()
+        return x
+
+
+def waiting():
+    net = Waiting(prefix="net_")
+    net.add(*convolutional()._children.values())
+    return net
+
+
+def data_for(steps, batch, seed=0, shape=(3, 10, 10)):
+    rng = np.random.RandomState(seed)
+    sizes = batch if isinstance(batch, list) else [batch] * steps
+    return [(rng.randn(n, *shape).astype("float32"), rng.randint(0, 5, n)) for n in sizes]
+
+
+def split(array, contexts):
+    contexts = contexts[: len(array)]
+    return gluon.utils.split_and_load(mx.nd.array(array), contexts, even_split=False)
+
+
+def train(make, devices, batches, hybridize=None, deferred=True, optimizer=None):
+    """Train and return (losses, {parameter: one array per device})."""
+    mx.random.seed(3)
+    np.random.seed(3)
+    contexts = [mx.cpu(i) for i in range(devices)]
+    net = make()
+    net.initialize(mx.init.Xavier(), ctx=contexts)
+    if not deferred:
+        net(mx.nd.array(batches[0][0][:1], ctx=contexts[0]))
+    if hybridize is not None:
+        net.hybridize(**hybridize)
+    model = ModelDataParallel(net, contexts)
+    criterion = DataParallelCriterion(gluon.loss.SoftmaxCrossEntropyLoss(), contexts)
+    trainer = gluon.Trainer(
+        net.collect_params(), "sgd", optimizer or {"learning_rate": 0.05, "momentum": 0.9}
+    )
+    losses = []
+    for data, label in batches:
+        with autograd.record():
+            parts = criterion(model(split(data, contexts)), split(label, contexts))
+        parallel_backward(parts)
+        trainer.step(len(data))
+        losses.append(sum(part.sum().asscalar() for part in parts))
+    mx.nd.waitall()
+    return losses, {
+        name: [array.asnumpy() for array in p.list_data()]
+        for name, p in net._collect_params_with_prefix().items()
+    }
+
+
+def assert_same_training(got, wanted, tolerance=2e-5):
+    """Losses and every parameter on every device agree with those of one device."""
+    np.testing.assert_allclose(got[0], wanted[0], rtol=tolerance)
+    assert got[1].keys() == wanted[1].keys()
+    for name, arrays in got[1].items():
+        for array in arrays:
+            np.testing.assert_allclose(
+                array, wanted[1][name][0], rtol=0, atol=tolerance, err_msg=name
+            )
+        if "running" in name:
+            assert len({array.tobytes() for array in arrays}) == 1, f"{name} differs"

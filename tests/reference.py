@@ -1,0 +1,59 @@
+"""Batch normalization in NumPy and float64, the whole batch at once: what all else must agree with.
+
+The gradient is the formula of Ioffe and Szegedy, https://arxiv.org/abs/1502.03167, section 3.
+"""
+
+from collections import namedtuple
+
+import numpy as np
+
+Result = namedtuple("Result", "y dx dgamma dbeta mean var")
+
+
+def rows(array, axis):
+    """An array as rows x channels, in float64."""
+    moved = np.moveaxis(np.asarray(array, "float64"), axis, -1)
+    return moved.reshape(-1, moved.shape[-1])
+
+
+def unrows(flat, like, axis):
+    shape = np.moveaxis(like, axis, -1).shape
+    return np.moveaxis(flat.reshape(shape), -1, axis)
+
+
+def batch_norm(xs, dys, gamma, beta, axis=1, epsilon=1e-5, statistics=None):
+    """Normalize shards as one batch.
+
+    ``statistics``: (mean, var) to use instead of the batch's, as constants.
+    The gradients of gamma and beta are per shard; their sum is the batch's.
+    """
+    x = np.concatenate([rows(s, axis) for s in xs])
+    dy = np.concatenate([rows(s, axis) for s in dys])
+    mean, var = statistics or (x.mean(0), x.var(0))
+    r = 1 / np.sqrt(var + epsilon)
+    hat = (x - mean) * r
+    y = gamma * hat + beta
+    if statistics:
+        dx = gamma * r * dy
+    else:
+        dx = gamma * r * (dy - dy.mean(0) - hat * (dy * hat).mean(0))
+    ends = np.cumsum([rows(s, axis).shape[0] for s in xs])[:-1]
+
+    def shards(flat):
+        return [unrows(part, s, axis) for part, s in zip(np.split(flat, ends), xs)]
+
+    return Result(
+        shards(y),
+        shards(dx),
+        [part.sum(0) for part in np.split(dy * hat, ends)],
+        [part.sum(0) for part in np.split(dy, ends)],
+        mean,
+        var,
+    )
+
+
+def largest_error(got, wanted):
+    """The largest difference, on the scale of the wanted values."""
+    got, wanted = np.asarray(got, "float64"), np.asarray(wanted, "float64")
+    assert got.shape == wanted.shape
+    return np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-30)

@@ -1,0 +1,202 @@
+"""The exchange by itself: the C++ class, driven from threads through ctypes."""
+
+import ctypes
+import itertools
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from gluon_syncbn import library
+from gluon_syncbn.key_barrier import KeyBarrier
+
+LIBRARY = library.LIBRARY
+
+
+class Barrier:
+    """A barrier of its own, and what came out of it."""
+
+    def __init__(self, timeout):
+        self.handle = LIBRARY.GluonSyncBNBarrierCreate(timeout)
+        self.control = KeyBarrier(self.handle)
+        self._kept = []
+
+    def close(self):
+        LIBRARY.GluonSyncBNBarrierFree(self.handle)
+
+    def arrive(self, participant, values, num_devices, key="k", lane=0):
+        """Arrive and return a dict that is filled when the round ends."""
+        values = np.ascontiguousarray(values, "float64")
+        out = {"event": threading.Event()}
+
+        def done(_, total, round_number, devices, error):
+            out["total"] = np.array(total[: len(values)]) if total else None
+            out["round"], out["devices"], out["error"] = round_number, devices, error.decode()
+            out["event"].set()
+
+        callback = library.DONE(done)
+        self._kept.append(callback)
+        status = LIBRARY.GluonSyncBNBarrierArrive(
+            self.handle,
+            key.encode(),
+            lane,
+            participant,
+            f"device {participant}".encode(),
+            num_devices,
+            values.ctypes.data_as(ctypes.POINTER(ctypes.c_double)),
+            len(values),
+            callback,
+            None,
+        )
+        assert status == 0
+        return out
+
+
+@pytest.fixture
+def barrier():
+    barrier = Barrier(10.0)
+    yield barrier
+    barrier.close()
+
+
+def wait(*outs):
+    for out in outs:
+        assert out["event"].wait(10), "a completion was never called"
+    return outs
+
+
+def test_everybody_gets_the_sum_and_nobody_before_the_last(barrier):
+    first = barrier.arrive(0, [1, 2], 3)
+    second = barrier.arrive(1, [10, 20], 3)
+    assert not first["event"].is_set() and not second["event"].is_set()
+    third = barrier.arrive(2, [100, 200], 3)
+    for out in wait(first, second, third):
+        np.testing.assert_array_equal(out["total"], [111, 222])
+        assert out["devices"] == 3 and out["error"] == ""
+
+
+def test_one_device_completes_at_once(barrier):
+    out = barrier.arrive(0, [5], 1)
+    assert out["event"].is_set() and out["total"] == [5]
+
+
+def test_sum_is_the_same_in_every_order_of_arrival(barrier):
+    # Values whose float64 sum depends on the order in which they are added.
+    values = [1e16, 1.0, -1e16, 3.0]
+    assert len({sum(order) for order in itertools.permutations(values)}) > 1
+    results = set()
+    for order in itertools.permutations(range(4)):
+        outs = wait(*[barrier.arrive(p, [values[p]], 4) for p in order])
+        results.update(out["total"][0] for out in outs)
+    assert len(results) == 1
+
+
+def test_fast_device_opens_later_rounds(barrier):
+    fast = [barrier.arrive(0, [i], 2) for i in range(3)]
+    slow = [barrier.arrive(1, [10 * i], 2) for i in range(3)]
+    for i, (a, b) in enumerate(zip(fast, slow)):
+        wait(a, b)
+        assert a["total"] == b["total"] == [11 * i]
+    assert len({out["round"] for out in fast}) == 3
+
+
+def test_keys_and_lanes_do_not_mix(barrier):
+    outs = [
+        barrier.arrive(p, [10**i + p], 2, key=key, lane=lane)
+        for p in (0, 1)
+        for i, (key, lane) in enumerate([("a", 0), ("b", 0), ("a", 7), ("a", 8)])
+    ]
+    wait(*outs)
+    for i in range(4):
+        assert outs[i]["total"] == outs[i + 4]["total"] == [2 * 10**i + 1]
+
+
+def test_many_threads_many_rounds(barrier):
+    devices, rounds, sums = 8, 200, {}
+
+    def run(participant):
+        rng = np.random.RandomState(participant)
+        for i in range(rounds):
+            if rng.rand() < 0.1:
+                time.sleep(0.001)
+            (out,) = wait(barrier.arrive(participant, [participant * i], devices))
+            sums[participant, i] = out["total"][0]
+
+    threads = [threading.Thread(target=run, args=(p,)) for p in range(devices)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    for (_, i), total in sums.items():
+        assert total == i * sum(range(devices))
+    assert len(sums) == devices * rounds
+
+
+def test_deadline_fails_everyone_who_waits_and_the_next_round_works():
+    barrier = Barrier(0.2)
+    outs = [barrier.arrive(0, [1], 3), barrier.arrive(1, [1], 3)]
+    for out in wait(*outs):
+        assert out["total"] is None
+        for part in ("'k'", "forward", "device 0 device 1", "missing: 1 of 3", "0.2 s"):
+            assert part in out["error"]
+    (out,) = wait(barrier.arrive(0, [1], 2, lane=3))
+    assert "backward" in out["error"]
+    assert barrier.control.failures == 2
+    outs = wait(*[barrier.arrive(p, [1], 3) for p in range(3)])
+    assert [out["total"][0] for out in outs] == [3, 3, 3]
+    barrier.close()
+
+
+def test_shorter_deadline_holds_for_who_waits_already(barrier):
+    out = barrier.arrive(0, [1], 2)
+    time.sleep(0.1)
+    barrier.control.timeout = 0.2
+    wait(out)
+    assert "not every device came within 0.2 s" in out["error"]
+
+
+@pytest.mark.parametrize(
+    "second, message",
+    [(([1, 2, 3], 2), "brings 3 values, but device 0 brings 2"), (([1, 2], 4), "num_devices=4")],
+)
+def test_contradiction_fails_the_round_at_once(barrier, second, message):
+    outs = [barrier.arrive(0, [1, 2], 2), barrier.arrive(1, *second)]
+    for out in wait(*outs):
+        assert out["total"] is None and message in out["error"]
+    outs = wait(barrier.arrive(0, [1, 2], 2), barrier.arrive(1, [1, 2], 2))
+    np.testing.assert_array_equal(outs[0]["total"], [2, 4])
+
+
+def test_members_overrule_what_arrivals_say(barrier):
+    barrier.control.set_members(["k"], 2)
+    outs = wait(barrier.arrive(0, [1], 3), barrier.arrive(2, [1], 3))
+    assert outs[0]["total"] == [2] and outs[0]["devices"] == 2
+    assert barrier.control.members_differ(["k"], 3) and not barrier.control.members_differ(["k"], 2)
+    barrier.control.set_members(["k"], 0)
+    outs = wait(*[barrier.arrive(p, [1], 3) for p in range(3)])
+    assert outs[0]["devices"] == 3
+
+
+@pytest.mark.parametrize("aborted", ["k", ""])
+def test_abort_fails_open_and_new_rounds_until_resume(barrier, aborted):
+    waiting, other = barrier.arrive(0, [1], 2), barrier.arrive(0, [1], 2, key="other")
+    barrier.control.abort([aborted], "cpu(1) broke.")
+    wait(waiting)
+    assert "cpu(1) broke." in waiting["error"] and "missing: 1 of 2" in waiting["error"]
+    assert other["event"].is_set() == (aborted == "")
+    (late,) = wait(barrier.arrive(1, [1], 2))
+    assert "cpu(1) broke." in late["error"]
+    barrier.control.resume([aborted])
+    outs = wait(barrier.arrive(0, [1], 2), barrier.arrive(1, [2], 2))
+    assert outs[0]["total"] == [3]
+
+
+def test_close_fails_all(barrier):
+    waiting = barrier.arrive(0, [1], 2)
+    barrier.control.close("the end")
+    wait(waiting)
+    assert "the end" in waiting["error"]
+    (late,) = wait(barrier.arrive(0, [1], 1))
+    assert late["error"] == "the end"

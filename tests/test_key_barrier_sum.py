@@ -1,0 +1,127 @@
+"""KeyBarrierSum as users call it, imperatively and in a graph."""
+
+import mxnet as mx
+import numpy as np
+import pytest
+from mxnet import autograd
+
+import gluon_syncbn
+
+CONTEXTS = [mx.cpu(i) for i in range(4)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4)])
+def test_sum_and_gradient(dtype, devices, shape, rng):
+    values = [rng.randn(*shape).astype(dtype) for _ in range(devices)]
+    heads = [rng.randn(*shape).astype(dtype) for _ in range(devices)]
+    xs = [mx.nd.array(v, ctx=c, dtype=dtype) for v, c in zip(values, CONTEXTS)]
+    for x in xs:
+        x.attach_grad()
+    with autograd.record():
+        ys = [mx.nd.contrib.KeyBarrierSum(x, key="k", num_devices=devices) for x in xs]
+    for y, head in zip(ys, heads):
+        y.backward(mx.nd.array(head, ctx=y.ctx, dtype=dtype))
+    tolerance = 1e-6 if dtype == "float32" else 1e-14
+    for x, y in zip(xs, ys):
+        assert y.dtype == x.grad.dtype == np.dtype(dtype)
+        np.testing.assert_allclose(y.asnumpy(), sum(values), rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(x.grad.asnumpy(), sum(heads), rtol=tolerance, atol=tolerance)
+
+
+def test_gradient_is_added_where_asked():
+    xs = [mx.nd.ones(3, ctx=c) for c in CONTEXTS[:2]]
+    for x in xs:
+        x.attach_grad("add")
+    for _ in range(2):
+        with autograd.record():
+            ys = [mx.nd.contrib.KeyBarrierSum(x, key="k", num_devices=2) * 3 for x in xs]
+        for y in ys:
+            y.backward()
+    for x in xs:
+        np.testing.assert_array_equal(x.grad.asnumpy(), [12, 12, 12])
+
+
+def test_backward_meets_its_own_forward_in_any_order():
+    xs = [[mx.nd.full(1, 10**i, ctx=c) for i in range(3)] for c in CONTEXTS[:2]]
+    ys = []
+    for row in xs:
+        for x in row:
+            x.attach_grad()
+        with autograd.record():
+            ys.append([mx.nd.contrib.KeyBarrierSum(x, key="k", num_devices=2) for x in row])
+    for i in (0, 1, 2):  # one device backward in one order, the other in the opposite
+        ys[0][i].backward(mx.nd.full(1, 10**i, ctx=CONTEXTS[0]))
+    for i in (2, 1, 0):
+        ys[1][i].backward(mx.nd.full(1, 2 * 10**i, ctx=CONTEXTS[1]))
+    for row in xs:
+        assert [x.grad.asscalar() for x in row] == [3, 30, 300]
+
+
+def test_in_a_symbol():
+    x = mx.sym.var("x")
+    y = mx.sym.contrib.KeyBarrierSum(x, key="k", num_devices=2) * 2
+    y = mx.sym.load_json(y.tojson())
+    executors = [y.simple_bind(c, x=(2,)) for c in CONTEXTS[:2]]
+    for i, executor in enumerate(executors):
+        executor.forward(is_train=True, x=mx.nd.array([1 + i, 10 + i], ctx=executor._ctx))
+    for executor in executors:
+        executor.backward(mx.nd.ones(2, ctx=executor._ctx))
+    for executor in executors:
+        np.testing.assert_array_equal(executor.outputs[0].asnumpy(), [6, 42])
+        np.testing.assert_array_equal(executor.grad_dict["x"].asnumpy(), [4, 4])
+
+
+def test_deadline_raises_on_every_device_that_waited_and_the_next_round_works():
+    gluon_syncbn.set_timeout(0.3)
+
+    def exchange(contexts):
+        xs = [mx.nd.ones(2, ctx=c) for c in contexts]
+        for x in xs:
+            x.attach_grad()
+        with autograd.record():
+            return xs, [mx.nd.contrib.KeyBarrierSum(x, key="late", num_devices=3) for x in xs]
+
+    _, ys = exchange(CONTEXTS[:2])
+    for y in ys:
+        with pytest.raises(mx.MXNetError, match=r"forward.*'late'.*cpu\(0\) cpu\(1\).*1 of 3"):
+            y.asnumpy()
+    gluon_syncbn.set_timeout(30)
+    xs, ys = exchange(CONTEXTS[:3])
+    for y in ys:
+        np.testing.assert_array_equal(y.asnumpy(), [3, 3])
+    gluon_syncbn.set_timeout(0.3)
+    ys[0].backward()
+    with pytest.raises(mx.MXNetError, match=r"backward.*'late'.*cpu\(0\); missing: 2 of 3"):
+        xs[0].grad.asnumpy()
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float16"])
+def test_other_types_are_refused(dtype):
+    with pytest.raises(mx.MXNetError, match="float32 or float64"):
+        mx.nd.contrib.KeyBarrierSum(mx.nd.ones(2, dtype=dtype), key="k", num_devices=1)
+
+
+def test_a_key_is_needed():
+    with pytest.raises(mx.MXNetError, match="key"):
+        mx.nd.contrib.KeyBarrierSum(mx.nd.ones(2), num_devices=1)
+    with pytest.raises(mx.MXNetError, match="key must not be empty"):
+        mx.nd.contrib.KeyBarrierSum(mx.nd.ones(2), key="", num_devices=1)
+
+
+def test_different_shapes_and_numbers_are_refused():
+    ys = [
+        mx.nd.contrib.KeyBarrierSum(mx.nd.ones(2 + i, ctx=c), key="k", num_devices=2)
+        for i, c in enumerate(CONTEXTS[:2])
+    ]
+    for y in ys:
+        with pytest.raises(mx.MXNetError, match="brings 3 values"):
+            y.asnumpy()
+    ys = [
+        mx.nd.contrib.KeyBarrierSum(mx.nd.ones(2, ctx=c), key="k", num_devices=2 + i)
+        for i, c in enumerate(CONTEXTS[:2])
+    ]
+    for y in ys:
+        with pytest.raises(mx.MXNetError, match="same num_devices"):
+            y.asnumpy()

@@ -1,0 +1,282 @@
+"""The three operators together against NumPy in float64: values, gradients, statistics."""
+
+import mxnet as mx
+import numpy as np
+import pytest
+from mxnet import autograd
+
+from reference import batch_norm, largest_error
+
+# What float16 outputs and float32 parameters can hold; float64 is limited by the exchanged sums.
+TOLERANCE = {"float16": 2e-3, "float32": 3e-6, "float64": 1e-11}
+LAYOUTS = [
+    ((6, 5), 1),
+    ((6, 5), 0),
+    ((6, 5, 3), 1),
+    ((6, 4, 5), -1),
+    ((6, 5, 3, 4), 1),
+    ((6, 3, 4, 5), -1),
+    ((6, 3, 5, 4), 2),
+    ((6, 3, 2, 3, 2), 1),
+    ((6, 2, 3, 2, 5), -1),
+    ((6, 2, 5, 3, 2), -3),
+]
+
+
+class Layer:
+    """The operators as one layer, with arrays of its own on every device."""
+
+    def __init__(self, devices, channels, parameter_dtype, grad_req="write", **options):
+        self.options = {"axis": 1, "eps": 1e-5, "momentum": 0.9, "fix_gamma": False, **options}
+        self.contexts = [mx.cpu(i) for i in range(devices)]
+        rng = np.random.RandomState(1)
+        self.gamma, self.beta = rng.rand(channels) + 0.5, rng.randn(channels)
+
+        def copies(value):
+            return [mx.nd.array(value, ctx=c, dtype=parameter_dtype) for c in self.contexts]
+
+        self.gammas, self.betas = copies(self.gamma), copies(self.beta)
+        self.means, self.vars = copies(np.zeros(channels)), copies(np.ones(channels))
+        for array in self.gammas + self.betas:
+            array.attach_grad(grad_req)
+
+    def __call__(self, xs):
+        return [self.forward(i, x) for i, x in enumerate(xs)]
+
+    def forward(self, i, x):
+        op = mx.nd._internal
+        handed, local, coefficients = op._syncbn_moments(x, axis=self.options["axis"])
+        total = op._syncbn_sum(local, self.means[i], key="layer", num_devices=len(self.contexts))
+        parameters = self.gammas[i], self.betas[i], self.means[i], self.vars[i]
+        return op._syncbn_normalize(handed, total, coefficients, *parameters, **self.options)
+
+
+def shards_of(rng, shape, sizes, dtype, scale=1.0, offset=0.0):
+    """Shards along the first axis as NDArrays on their devices, and dy for each."""
+    xs, dys = [], []
+    for i, size in enumerate(sizes):
+        part = (size, *shape[1:])
+        x = (rng.randn(*part) * scale + offset).astype(dtype)
+        xs.append(mx.nd.array(x, ctx=mx.cpu(i), dtype=dtype))
+        dys.append(mx.nd.array(rng.randn(*part).astype(dtype), ctx=mx.cpu(i), dtype=dtype))
+    return xs, dys
+
+
+def numpy_of(arrays):
+    return [a.asnumpy() for a in arrays]
+
+
+def run(layer, xs, dys, grad_req="write", train_mode=True):
+    for x in xs:
+        x.attach_grad(grad_req)
+    with autograd.record(train_mode=train_mode):
+        ys = layer(xs)
+    for y, dy in zip(ys, dys):
+        y.backward(dy)
+    return ys
+
+
+def check(layer, xs, dys, ys, tolerance, axis, fix_gamma=False):
+    gamma = np.ones_like(layer.gamma) if fix_gamma else layer.gamma
+    want = batch_norm(numpy_of(xs), numpy_of(dys), gamma, layer.beta, axis)
+    scale = np.abs(np.concatenate([d.ravel() for d in want.dx])).max()
+    for i in range(len(xs)):
+        assert largest_error(ys[i].asnumpy(), want.y[i]) < tolerance
+        assert np.abs(xs[i].grad.asnumpy() - want.dx[i]).max() < tolerance * max(scale, 1)
+        dgamma = 0 * want.dgamma[i] if fix_gamma else want.dgamma[i]
+        parameter_tolerance = max(tolerance if fix_gamma else 0, 1e-5)
+        if layer.gammas[i].dtype == np.float64:
+            parameter_tolerance = tolerance
+        for got, wanted in ((layer.gammas[i], dgamma), (layer.betas[i], want.dbeta[i])):
+            error = np.abs(got.grad.asnumpy() - wanted).max()
+            assert error < parameter_tolerance * max(np.abs(wanted).max(), 1)
+        mean, var = layer.means[i].asnumpy(), layer.vars[i].asnumpy()
+        np.testing.assert_allclose(mean, 0.1 * want.mean, atol=1e-6)
+        np.testing.assert_allclose(var, 0.9 + 0.1 * want.var, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("shape, axis", LAYOUTS)
+@pytest.mark.parametrize("sizes", [[6], [3, 3], [1, 4, 2]])
+def test_against_numpy(dtype, shape, axis, sizes, rng):
+    if axis == 0 and len(sizes) > 1:
+        shape = (shape[0], 7)  # the channels lie along the axis that is not split
+
+        def split(size):
+            return (shape[0], size)
+
+        xs, dys = [], []
+        for i, size in enumerate(sizes):
+            for to in (xs, dys):
+                to.append(mx.nd.array(rng.randn(*split(size)), ctx=mx.cpu(i), dtype=dtype))
+    else:
+        xs, dys = shards_of(rng, shape, sizes, dtype)
+    layer = Layer(
+        len(sizes), shape[axis], "float64" if dtype == "float64" else "float32", axis=axis
+    )
+    ys = run(layer, xs, dys)
+    assert all(y.dtype == np.dtype(dtype) for y in ys)
+    check(layer, xs, dys, ys, TOLERANCE[dtype], axis)
+
+
+@pytest.mark.parametrize("shape, axis", [((8, 3, 9, 11), 1), ((8, 9, 11, 3), -1)])
+@pytest.mark.parametrize("channels", [1, 3, 64, 65])
+def test_odd_channel_counts(shape, axis, channels, rng):
+    shape = list(shape)
+    shape[axis] = channels
+    xs, dys = shards_of(rng, tuple(shape), [5, 3], "float32")
+    layer = Layer(2, channels, "float32", axis=axis)
+    check(layer, xs, dys, run(layer, xs, dys), TOLERANCE["float32"], axis)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_gradients_are_added_where_asked(dtype, rng):
+    xs, dys = shards_of(rng, (4, 5, 3, 3), [3, 1], dtype)
+    parameter = "float64" if dtype == "float64" else "float32"
+    once, twice = Layer(2, 5, parameter), Layer(2, 5, parameter, grad_req="add")
+    run(once, xs, dys)
+    single = numpy_of([x.grad for x in xs])
+    for x in xs:
+        x.attach_grad("add")
+    for _ in range(2):
+        with autograd.record():
+            ys = twice(xs)
+        for y, dy in zip(ys, dys):
+            y.backward(dy)
+    for x, dx in zip(xs, single):
+        assert largest_error(x.grad.asnumpy(), 2 * dx) < TOLERANCE[dtype]
+    for a, b in zip(once.gammas + once.betas, twice.gammas + twice.betas):
+        assert largest_error(b.grad.asnumpy(), 2 * a.grad.asnumpy()) < 1e-6
+
+
+@pytest.mark.parametrize("wanted", ["data", "gamma", "beta"])
+def test_any_one_gradient_alone(wanted, rng):
+    xs, dys = shards_of(rng, (4, 5, 3), [2, 2], "float32")
+    full = Layer(2, 5, "float32")
+    run(full, xs, dys)
+    want = {
+        "data": numpy_of([x.grad for x in xs]),
+        "gamma": numpy_of([g.grad for g in full.gammas]),
+        "beta": numpy_of([b.grad for b in full.betas]),
+    }[wanted]
+    layer = Layer(2, 5, "float32", grad_req="null")
+    for x in xs:
+        x.attach_grad("null")
+    arrays = {"data": xs, "gamma": layer.gammas, "beta": layer.betas}[wanted]
+    for array in arrays:
+        array.attach_grad()
+    with autograd.record():
+        ys = layer(xs)
+    for y, dy in zip(ys, dys):
+        y.backward(dy)
+    for array, w in zip(arrays, want):
+        np.testing.assert_array_equal(array.grad.asnumpy(), w)
+
+
+def test_fix_gamma_is_one_with_no_gradient(rng):
+    xs, dys = shards_of(rng, (4, 5, 3), [2, 2], "float32")
+    layer = Layer(2, 5, "float32", fix_gamma=True)
+    check(layer, xs, dys, run(layer, xs, dys), TOLERANCE["float32"], 1, fix_gamma=True)
+
+
+@pytest.mark.parametrize("how", ["use_global_stats", "inference", "alone"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_moving_statistics_are_used_and_nobody_waits(how, dtype, rng):
+    (x,), (dy,) = shards_of(rng, (4, 5, 3), [4], dtype)
+    layer = Layer(2, 5, "float64" if dtype == "float64" else "float32")  # the other never comes
+    mean, var = rng.randn(5), rng.rand(5) + 0.5
+    layer.means[0][:], layer.vars[0][:] = mx.nd.array(mean), mx.nd.array(var)
+    if how != "inference":
+        parameters = {
+            "gamma": layer.gammas[0],
+            "beta": layer.betas[0],
+            "moving_mean": layer.means[0],
+            "moving_var": layer.vars[0],
+        }
+        layer.forward = lambda i, x: mx.nd._internal._syncbn_normalize(
+            data=x, use_global_stats=True, **parameters, **layer.options
+        )
+    train = how == "use_global_stats"
+    x.attach_grad()
+    with autograd.record(train_mode=train):
+        y = layer.forward(0, x)
+    y.backward(dy)
+    statistics = layer.means[0].asnumpy().astype("float64"), layer.vars[0].asnumpy()
+    np.testing.assert_allclose(statistics[0], mean, rtol=1e-6)  # they have not moved
+    want = batch_norm([x.asnumpy()], [dy.asnumpy()], layer.gamma, layer.beta, statistics=statistics)
+    assert largest_error(y.asnumpy(), want.y[0]) < TOLERANCE[dtype]
+    assert largest_error(x.grad.asnumpy(), want.dx[0]) < TOLERANCE[dtype]
+    assert largest_error(layer.gammas[0].grad.asnumpy(), want.dgamma[0]) < 1e-5
+    assert largest_error(layer.betas[0].grad.asnumpy(), want.dbeta[0]) < 1e-5
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_a_large_offset_costs_nothing(axis, offset, rng):
+    """float32 data 1e4 standard deviations from zero, against float64 on the same numbers."""
+    shape = (16, 4, 40, 40) if axis == 1 else (16, 40, 40, 4)
+    xs, dys = shards_of(rng, shape, [9, 7], "float32", offset=offset)
+    layer = Layer(2, 4, "float32", axis=axis)
+    ys = run(layer, xs, dys)
+    want = batch_norm(numpy_of(xs), numpy_of(dys), layer.gamma, layer.beta, axis)
+    for i in range(2):
+        assert largest_error(ys[i].asnumpy(), want.y[i]) < TOLERANCE["float32"]
+        assert largest_error(xs[i].grad.asnumpy(), want.dx[i]) < TOLERANCE["float32"]
+
+
+def test_a_far_first_element_costs_nothing(rng):
+    """The sums are taken around a channel's first element, which may be far from all others."""
+    xs, dys = shards_of(rng, (8, 3, 30, 30), [4, 4], "float32")
+    for x in xs:
+        x[0, :, 0, 0] = 1e3
+    layer = Layer(2, 3, "float32")
+    ys = run(layer, xs, dys)
+    want = batch_norm(numpy_of(xs), numpy_of(dys), layer.gamma, layer.beta)
+    for i in range(2):
+        assert largest_error(ys[i].asnumpy(), want.y[i]) < TOLERANCE["float32"]
+
+
+def test_constant_channels_and_single_elements():
+    xs = [mx.nd.full((1, 2), 7.7, ctx=mx.cpu(i)) for i in range(2)]
+    layer = Layer(2, 2, "float32")
+    ys = run(layer, xs, [mx.nd.ones_like(x) for x in xs])
+    for y in ys:
+        np.testing.assert_allclose(y.asnumpy()[0], layer.beta, atol=1e-4)
+
+
+def test_not_a_number_stays_visible(rng):
+    xs, dys = shards_of(rng, (4, 3, 5), [2, 2], "float32")
+    xs[1][0, 1, 2] = np.nan
+    ys = run(Layer(2, 3, "float32"), xs, dys)
+    for y in numpy_of(ys):
+        assert np.isnan(y[:, 1]).all() and np.isfinite(y[:, [0, 2]]).all()
+
+
+def test_the_same_bits_on_every_run_in_every_order(rng):
+    xs, dys = shards_of(rng, (9, 7, 13, 11), [2, 3, 4], "float32", offset=3)
+    seen = set()
+    for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]) * 3:
+        layer = Layer(3, 7, "float32")
+        for x in xs:
+            x.attach_grad()
+        ys = [None] * 3
+        with autograd.record():
+            for i in order:
+                ys[i] = layer.forward(i, xs[i])
+        for i in reversed(order):
+            ys[i].backward(dys[i])
+        results = ys + [x.grad for x in xs] + layer.means + layer.vars
+        seen.add(b"".join(a.asnumpy().tobytes() for a in results))
+        for means in (layer.means, layer.vars):  # equal on all devices
+            assert len({m.asnumpy().tobytes() for m in means}) == 1
+    assert len(seen) == 1
+
+
+def test_momentum_and_epsilon(rng):
+    xs, dys = shards_of(rng, (6, 3), [3, 3], "float32")
+    layer = Layer(2, 3, "float32", momentum=0.25, eps=0.5)
+    ys = run(layer, xs, dys)
+    want = batch_norm(numpy_of(xs), numpy_of(dys), layer.gamma, layer.beta, epsilon=0.5)
+    assert largest_error(ys[0].asnumpy(), want.y[0]) < TOLERANCE["float32"]
+    np.testing.assert_allclose(layer.means[1].asnumpy(), 0.75 * want.mean, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(layer.vars[1].asnumpy(), 0.25 + 0.75 * want.var, rtol=1e-5)
