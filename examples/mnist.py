@@ -67,17 +67,17 @@ def batches(images, labels, batch_size, shuffle):
     return gluon.data.DataLoader(data, batch_size, shuffle=shuffle)
 
 
-def make_network():
+def make_network(norm=SyncBatchNorm):
     net = nn.HybridSequential()
     with net.name_scope():
         for channels in (16, 32):
             net.add(
                 nn.Conv2D(channels, kernel_size=3, padding=1, use_bias=False),
-                SyncBatchNorm(),
+                norm(),
                 nn.Activation("relu"),
                 nn.MaxPool2D(2),
             )
-        net.add(nn.Dense(64, use_bias=False), SyncBatchNorm(), nn.Activation("relu"))
+        net.add(nn.Dense(64, use_bias=False), norm(), nn.Activation("relu"))
         net.add(nn.Dense(10))
     return net
 

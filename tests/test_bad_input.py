@@ -94,6 +94,11 @@ def test_contexts(two):
         DataParallelCriterion(gluon.loss.L2Loss(), ["cpu"])
 
 
+def test_a_network_that_is_none(two):
+    with pytest.raises(TypeError, match="must be a gluon Block, but is list"):
+        ModelDataParallel(two, two)
+
+
 def test_num_devices_that_contradicts_ctx_list(two):
     net = nn.HybridSequential()
     net.add(nn.Dense(2), SyncBatchNorm(num_devices=3, prefix="third_"))

@@ -4,6 +4,7 @@ import os
 import warnings
 
 from mxnet import autograd, ndarray
+from mxnet.gluon import Block
 
 from . import device_threads
 from .exchanges import exchanges_of
@@ -38,6 +39,8 @@ class ModelDataParallel:
 
     Raises
     ------
+    TypeError
+        If ``net`` is no Block; from a call, if the first argument is no list of NDArrays.
     ValueError
         If ``ctx_list`` is empty or repeats a device, or a layer's ``num_devices`` contradicts it;
         from a call, if the inputs do not lie on distinct devices of it.
@@ -69,6 +72,8 @@ class ModelDataParallel:
     """
 
     def __init__(self, net, ctx_list):
+        if not isinstance(net, Block):
+            raise TypeError(f"the network must be a gluon Block, but is {type(net).__name__}")
         self.ctx_list = check_contexts(ctx_list)
         self.net = net
         if len(self.ctx_list) > 1 and os.environ.get("MXNET_ENGINE_TYPE") == "NaiveEngine":
