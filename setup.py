@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -29,11 +30,11 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext):
         target = os.path.dirname(os.path.abspath(self.get_ext_fullpath(ext.name)))
         mxnet = os.path.dirname(importlib.util.find_spec("mxnet").origin)
-        build = os.path.abspath(self.build_temp)
-        configure = ["cmake", "-S", HERE, "-B", build, "-G", "Ninja"]
         options = [f"-DMXNET_DIR={mxnet}", f"-DGLUON_SYNCBN_LIBRARY_DIR={target}"]
-        subprocess.check_call(configure + options)
-        subprocess.check_call(["cmake", "--build", build])
+        # Not below the checkout: CMake would find the tools of an earlier build's environment.
+        with tempfile.TemporaryDirectory() as build:
+            subprocess.check_call(["cmake", "-S", HERE, "-B", build, "-G", "Ninja", *options])
+            subprocess.check_call(["cmake", "--build", build])
 
     def get_ext_filename(self, name):
         # No Python in it: one library serves every Python.

@@ -435,6 +435,28 @@ def test_backward_takes_head_gradients_and_nested_losses(two):
     assert [x.grad[0].asscalar() for x in xs] == [320, 320]
 
 
+def test_a_model_that_is_gone_leaves_nothing_behind(two, rng, tmp_path):
+    """Its exported network, in the same process and alone, waits for nobody."""
+    net = nn.HybridSequential(prefix="gone_")
+    net.add(SyncBatchNorm(in_channels=3, prefix="norm_"))
+    net.initialize(ctx=two)
+    net.hybridize()
+    model = ModelDataParallel(net, two)
+    x = rng.randn(6, 3).astype("float32")
+    with autograd.record():
+        model(split(x, two))
+    net.export(str(tmp_path / "gone"))
+    del model
+    gc.collect()
+    alone = gluon.SymbolBlock.imports(
+        str(tmp_path / "gone-symbol.json"), ["data"], str(tmp_path / "gone-0000.params")
+    )
+    gluon_syncbn.set_timeout(5)
+    with autograd.record():
+        y = alone(mx.nd.array(x))
+    np.testing.assert_allclose(y.asnumpy(), (x - x.mean(0)) / x.std(0), atol=1e-3)
+
+
 def test_two_networks_in_one_step(two, rng):
     """As in a GAN: rounds of several networks are under way at once, with equal layer names."""
     models = []

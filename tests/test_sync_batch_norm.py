@@ -238,9 +238,13 @@ def test_float16_network_keeps_float32_parameters(rng):
 
 def test_every_layer_has_a_key_of_its_own():
     layers = [SyncBatchNorm(prefix="same_") for _ in range(3)]
+    first = layers[0].key
     layers.append(copy.copy(layers[0]))
-    assert len({layer.key for layer in layers}) == 4
-    assert layers[0].key == "same_" and layers[0].key == layers[0].key
+    keys = {layer.key for layer in layers}
+    assert len(keys) == 4
+    assert first == "same_" == layers[0].key
+    del layers
+    assert SyncBatchNorm(prefix="same_").key not in keys  # rounds of the old may be under way
 
 
 def test_num_devices_is_one_without_gpus_and_data_parallel_model():

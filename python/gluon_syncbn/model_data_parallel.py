@@ -2,6 +2,7 @@
 
 import os
 import warnings
+import weakref
 
 from mxnet import autograd, ndarray
 from mxnet.gluon import Block
@@ -83,6 +84,8 @@ class ModelDataParallel:
             )
         self._first_call = FirstCall(net, self._call)
         self._mode = None
+        self._keys = set()  # whose members we have set
+        weakref.finalize(self, _leave, self._keys)
         self._failures = BARRIER.failures
         self._exchanges()
 
@@ -122,6 +125,7 @@ class ModelDataParallel:
             return
         self._settle()
         BARRIER.set_members(keys, num_devices)
+        self._keys.update(keys)
         self._mode = mode
 
     def _stand_in(self, present, exchanges):
@@ -174,6 +178,10 @@ class ModelDataParallel:
                 RuntimeWarning,
                 stacklevel=4,
             )
+
+
+def _leave(keys):
+    BARRIER.set_members(keys, 0)
 
 
 def _copy_statistics(exchanges, source, absent):

@@ -1,13 +1,15 @@
 """The layer: batch normalization over the whole batch, wherever its parts lie."""
 
 import weakref
+from collections import Counter
 
 from mxnet import autograd
 from mxnet.gluon import nn
 from mxnet.ndarray import NDArray
 
-# key -> the layer that has it, so that no two layers meet under one key.
-_OWNERS = weakref.WeakValueDictionary()
+# No two layers of a process ever meet under one key, not even one after the other.
+_keys = weakref.WeakKeyDictionary()  # layer -> its key
+_layers_named = Counter()
 
 
 class SyncBatchNorm(nn.BatchNorm):
@@ -119,7 +121,6 @@ default 'zeros' and 'ones'
             **kwargs,
         )
         self._kwargs["num_devices"] = num_devices  # shown by repr()
-        self._key = None
         self._uses = 0  # in graphs
 
     def _alias(self):
@@ -134,13 +135,12 @@ default 'zeros' and 'ones'
     @property
     def key(self):
         """The name under which the devices meet: the layer's prefix, made unique."""
-        if self._key is None or _OWNERS.get(self._key) is not self:
-            name, count = self.prefix or self._alias(), 1
-            self._key = name
-            while _OWNERS.setdefault(self._key, self) is not self:
-                count += 1
-                self._key = f"{name}#{count}"
-        return self._key
+        if self not in _keys:
+            name = self.prefix or self._alias()
+            _layers_named[name] += 1
+            count = _layers_named[name]
+            _keys[self] = name if count == 1 else f"{name}#{count}"
+        return _keys[self]
 
     def hybrid_forward(self, F, x, gamma, beta, running_mean, running_var):
         options = {k: self._kwargs[k] for k in ("axis", "eps", "momentum", "fix_gamma")}
