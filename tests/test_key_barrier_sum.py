@@ -59,6 +59,16 @@ def test_backward_meets_its_own_forward_in_any_order():
         assert [x.grad.asscalar() for x in row] == [3, 30, 300]
 
 
+def test_calls_tell_the_uses_of_a_key_apart():
+    """Two uses in one graph meet by their number, though the devices run them in another order."""
+    ys = {}
+    for context, order in ((CONTEXTS[0], (0, 1)), (CONTEXTS[1], (1, 0))):
+        for call in order:
+            x = mx.nd.full(1, 10**call, ctx=context)
+            ys[context, call] = mx.nd.contrib.KeyBarrierSum(x, key="k", num_devices=2, call=call)
+    assert [y.asscalar() for y in ys.values()] == [2, 20, 20, 2]
+
+
 def test_in_a_symbol():
     x = mx.sym.var("x")
     y = mx.sym.contrib.KeyBarrierSum(x, key="k", num_devices=2) * 2

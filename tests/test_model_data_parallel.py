@@ -151,6 +151,32 @@ def test_devices_without_input_have_zero_and_fresh_gradients(two, rng):
     np.testing.assert_array_equal(weights[0].asnumpy(), weights[1].asnumpy())
 
 
+def test_backward_after_a_later_step_with_fewer_devices(two, rng):
+    """A backward round expects the devices of its own forward, whoever came since."""
+    net = SyncBatchNorm(in_channels=3)
+    net.initialize(ctx=two)
+    model = ModelDataParallel(net, two)
+    x = rng.randn(6, 3).astype("float32")
+    weight = mx.nd.array(rng.randn(6, 3))
+
+    def gradients(contexts, parts):
+        for part in parts:
+            part.attach_grad()
+        with autograd.record():
+            return [(y * w).sum() for y, w in zip(model(parts), split(weight, contexts))]
+
+    wanted = split(x, two[:1])
+    parallel_backward(gradients(two[:1], wanted))
+    full, fewer = split(x, two), split(x, two[:1])
+    late = gradients(two, full)
+    # retain_graph: MXNet's first backward would else clear the moving statistics' place in both.
+    parallel_backward(gradients(two[:1], fewer), retain_graph=True)
+    parallel_backward(late)
+    for parts in (full, fewer):
+        got = np.concatenate([part.grad.asnumpy() for part in parts])
+        np.testing.assert_allclose(got, wanted[0].grad.asnumpy(), atol=1e-5)
+
+
 def test_accumulated_gradients_stay_where_a_device_has_no_input(two, rng):
     net = nn.Dense(2, in_units=3)
     net.initialize(ctx=two)

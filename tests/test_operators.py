@@ -216,6 +216,7 @@ def test_a_large_offset_costs_nothing(axis, offset, rng):
     """float32 data 1e4 standard deviations from zero, against float64 on the same numbers."""
     shape = (16, 4, 40, 40) if axis == 1 else (16, 40, 40, 4)
     xs, dys = shards_of(rng, shape, [9, 7], "float32", offset=offset)
+    dys = [dy + 3 for dy in dys]  # so that an error in the mean shows in the sum over dy (x - mean)
     layer = Layer(2, 4, "float32", axis=axis)
     ys = run(layer, xs, dys)
     want = batch_norm(numpy_of(xs), numpy_of(dys), layer.gamma, layer.beta, axis)

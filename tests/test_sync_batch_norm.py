@@ -16,7 +16,7 @@ from mxnet.gluon import nn
 
 import gluon_syncbn
 from gluon_syncbn import SyncBatchNorm
-from networks import STATIC, convolutional, data_for, train
+from networks import STATIC, Shared, convolutional, data_for, train
 from reference import batch_norm, largest_error
 
 
@@ -197,6 +197,15 @@ def test_exported_file_says_what_it_needs(tmp_path):
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode != 0 and "_syncbn_moments" in done.stderr
+
+
+def test_uses_of_a_layer_in_a_graph_are_told_apart():
+    """MXNet runs them in any order when it hides that they write the same statistics."""
+    net = Shared()
+    nodes = json.loads(net(mx.sym.var("data")).tojson())["nodes"]
+    uses = [n["attrs"] for n in nodes if n["op"] == "_syncbn_sum"]
+    assert len({use["key"] for use in uses}) == 1
+    assert len({use.get("call", "0") for use in uses}) == 2
 
 
 def test_summary(capsys):
