@@ -129,9 +129,12 @@ def test_channel_counts_that_differ_in_the_operators(two):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_integer_data(training):
+@pytest.mark.parametrize("hybridize", [False, True])
+def test_integer_data(training, hybridize):
     layer = SyncBatchNorm(in_channels=3)
     layer.initialize()
+    if hybridize:
+        layer.hybridize()
     with autograd.record(train_mode=training):
         with pytest.raises(mx.MXNetError, match=r"x.astype\('float32'\)"):
             layer(mx.nd.ones((2, 3), dtype="int32"))

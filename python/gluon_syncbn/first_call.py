@@ -77,12 +77,3 @@ class FirstCall:
                     p.data(other).copyto(p.data(share.context))
             autograd.set_recording(recording)
         self._unused = _unready(self._net)
-
-    def forget(self):
-        """Drop the network's graphs after an error, so that the next call traces it anew.
-
-        In MXNet 1.9.1 a graph that once met an input of a wrong type or shape fails for ever.
-        """
-        self._net.apply(
-            lambda block: block._clear_cached_op() if isinstance(block, HybridBlock) else None
-        )

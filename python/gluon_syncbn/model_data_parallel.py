@@ -102,14 +102,10 @@ class ModelDataParallel:
         exchanges = self._exchanges()
         keys = [e.key for e in exchanges]
         self._forget_failures()
-        try:
-            if len(self.ctx_list) > 1:
-                self._first_call.prepare(shares[0], self.ctx_list, keys)
-            self._enter_mode(keys, len(shares))
-            outputs = self._run(shares, keys)
-        except Exception:
-            self._first_call.forget()
-            raise
+        if len(self.ctx_list) > 1:
+            self._first_call.prepare(shares[0], self.ctx_list, keys)
+        self._enter_mode(keys, len(shares))
+        outputs = self._run(shares, keys)
         if len(shares) < len(self.ctx_list):
             self._stand_in([share.context for share in shares], exchanges)
         return outputs
