@@ -1,0 +1,52 @@
+// What benchmarks/ times without MXNet: the four kernels, and the copy that is their floor.
+#include <cstddef>
+#include <cstring>
+#include <vector>
+
+#include "../src/operator/batch_norm_kernels.h"
+
+#define BENCH_API extern "C" __attribute__((visibility("default")))
+
+using namespace gluon_syncbn;
+
+// A plain copy, split over the threads that OpenMP gives.
+static void PlainCopy(const float* from, float* to, std::size_t count) {
+  const long long n = static_cast<long long>(count);
+#pragma omp parallel for simd schedule(static)
+  for (long long i = 0; i < n; ++i) to[i] = from[i];
+}
+
+// Eight passes over arrays of `bytes`: x to y and dy to dx, each read and written, twice.
+BENCH_API void BenchFloor(std::size_t bytes, const void* x, void* y, const void* dy, void* dx) {
+  const std::size_t count = bytes / sizeof(float);
+  for (int i = 0; i < 2; ++i) {
+    PlainCopy(static_cast<const float*>(x), static_cast<float*>(y), count);
+    PlainCopy(static_cast<const float*>(dy), static_cast<float*>(dx), count);
+  }
+}
+
+// The four kernels one after the other, in place: x is handed through as itself, and dx becomes dy.
+// `which`: 0 all, or 1 to 4 for one of them.
+BENCH_API void BenchKernels(int which, int type, std::size_t outer, std::size_t channels,
+                            std::size_t inner, void* x, void* y, void* dy, const void* gamma,
+                            const void* beta, void* moving_mean, void* moving_var,
+                            void* gamma_grad, void* beta_grad, double* statistics,
+                            double* statistics_grad, double* coefficients) {
+  const DataType t = static_cast<DataType>(type);
+  const FeatureShape shape{outer, channels, inner};
+  const double epsilon = 1e-5, momentum = 0.9;
+  if (which == 0 || which == 1) Run(Cpu(), MomentsForward{t, shape, x, x, statistics});
+  if (which == 0 || which == 2) {
+    Run(Cpu(), NormalizeForward{t, shape, epsilon, momentum, false, x, statistics, gamma, beta,
+                                moving_mean, moving_var, Request::kWrite, y});
+  }
+  if (which == 0 || which == 3) {
+    Run(Cpu(), NormalizeBackward{t, shape, epsilon, false, dy, x, statistics, gamma, moving_mean,
+                                 moving_var, Request::kWrite, dy, statistics_grad, coefficients,
+                                 Request::kWrite, gamma_grad, Request::kWrite, beta_grad});
+  }
+  if (which == 0 || which == 4) {
+    Run(Cpu(), MomentsBackward{t, shape, dy, x, statistics_grad, coefficients, Request::kWrite,
+                               dy});
+  }
+}
