@@ -15,9 +15,9 @@ from gluon_syncbn import (
 STATIC = {"static_alloc": True, "static_shape": True}
 
 
-def convolutional(norm=SyncBatchNorm, widths=(8, 8, 12, 12)):
+def convolutional(norm=SyncBatchNorm, widths=(8, 8, 12, 12), prefix="net_"):
     """Several layers of convolution and normalization: what hangs in MXNet's own SyncBatchNorm."""
-    net = nn.HybridSequential(prefix="net_")
+    net = nn.HybridSequential(prefix=prefix)
     with net.name_scope():
         for width in widths:
             net.add(nn.Conv2D(width, 3, padding=1, use_bias=False), norm(), nn.Activation("relu"))

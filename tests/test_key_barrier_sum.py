@@ -118,6 +118,8 @@ def test_a_key_is_needed():
         mx.nd.contrib.KeyBarrierSum(mx.nd.ones(2), num_devices=1)
     with pytest.raises(mx.MXNetError, match="key must not be empty"):
         mx.nd.contrib.KeyBarrierSum(mx.nd.ones(2), key="", num_devices=1)
+    with pytest.raises(mx.MXNetError, match="num_devices must say how many"):
+        mx.nd.contrib.KeyBarrierSum(mx.nd.ones(2), key="k")
 
 
 def test_different_shapes_and_numbers_are_refused():

@@ -2,6 +2,8 @@
 
 import gc
 import resource
+import subprocess
+import sys
 import threading
 import time
 
@@ -18,6 +20,7 @@ from gluon_syncbn import (
     SyncBatchNorm,
     parallel_backward,
 )
+from gluon_syncbn.exchanges import exchanges_of
 from networks import (
     STATIC,
     Branches,
@@ -114,7 +117,8 @@ def test_outputs_come_in_the_order_of_the_inputs(two):
 def test_attributes_of_the_network_are_reachable(two):
     net = convolutional()
     model = ModelDataParallel(net, two)
-    assert model.net is net and model.collect_params is not None and model.prefix == net.prefix
+    assert model.net is net and model.prefix == net.prefix
+    assert set(model.collect_params()) == set(net.collect_params())
     with pytest.raises(AttributeError, match="nothing_here"):
         _ = model.nothing_here
     assert "ctx_list" in repr(model)
@@ -190,22 +194,27 @@ def test_accumulated_gradients_stay_where_a_device_has_no_input(two, rng):
     np.testing.assert_allclose(net.weight.grad(two[1]).asnumpy()[0], x[2:].sum(0), rtol=1e-5)
 
 
-def test_inference_between_training_steps(two, rng):
-    """Switching between training and inference leaves nothing that one side waits for."""
-    for hybridize in (None, STATIC):
-        net = convolutional()
-        net.initialize(ctx=two)
-        if hybridize:
-            net.hybridize(**hybridize)
-        model = ModelDataParallel(net, two)
-        x = rng.randn(4, 3, 8, 8).astype("float32")
-        for _ in range(20):
-            with autograd.record():
-                outs = model(split(x, two))
-            parallel_backward(outs)
-            model(split(x, two[:1]))
-            model(split(x, two))
-        mx.nd.waitall()
+@pytest.mark.parametrize("hybridize", [None, STATIC])
+def test_inference_between_training_steps(hybridize, two, rng):
+    """A graph with static_shape has one flag for all its runs: none may see another's."""
+    net = convolutional(widths=(8, 8, 8, 8))
+    net.add(nn.Dense(64), nn.Dense(64), SyncBatchNorm())
+    net.initialize(mx.init.Xavier(magnitude=20), ctx=two)
+    if hybridize:
+        net.hybridize(**hybridize)
+    model = ModelDataParallel(net, two)
+    x = rng.randn(16, 3, 24, 24).astype("float32")
+    for _ in range(10):
+        with autograd.record():
+            outs = model(split(x, two))
+        parallel_backward(outs)
+        fewer = model(split(x, two[:1]))[0]
+        both = model(split(x, two))
+        trained = np.concatenate([o.asnumpy() for o in outs])
+        np.testing.assert_allclose(trained.std(0), 1, atol=1e-2)  # by the batch's statistics
+        assert np.abs(fewer.asnumpy().std(0) - 1).max() > 0.05  # by the moving ones
+        both = np.concatenate([o.asnumpy() for o in both])
+        np.testing.assert_allclose(both, fewer.asnumpy(), rtol=1e-3, atol=1e-4)
 
 
 def test_different_sizes_on_each_device(two, rng):
@@ -314,7 +323,7 @@ def test_a_device_that_never_comes_is_an_error_on_the_others_and_the_next_step_w
     np.testing.assert_allclose(outs[0].asnumpy(), outs[1].asnumpy())
 
 
-def test_a_failure_that_nobody_read_is_a_warning(two):
+def test_a_failure_that_nobody_read_is_raised_by_the_next_call(two):
     net = SkipsOn()
     net.initialize(ctx=two)
     model = ModelDataParallel(net, two)
@@ -328,10 +337,68 @@ def test_a_failure_that_nobody_read_is_a_warning(two):
     time.sleep(1)
     net.skips = None
     gluon_syncbn.set_timeout(30)
-    with pytest.warns(RuntimeWarning, match="never read.*not every device came"):
+    with pytest.raises(mx.MXNetError, match="not every device came"):
         with autograd.record():
-            outs = model(xs)
+            model(xs)
+    with autograd.record():
+        outs = model(xs)
     outs[0].asnumpy()
+
+
+def test_an_unrelated_failure_is_not_swallowed(two):
+    """The first call waits for everything, and waiting clears errors."""
+    net = SyncBatchNorm()
+    net.initialize(ctx=two)
+    model = ModelDataParallel(net, two)
+    mx.nd.random.normal(0, -1, shape=(2, 2))
+    with pytest.raises(mx.MXNetError, match="scale|sigma"):
+        model([mx.nd.ones((2, 3), ctx=c) for c in two])
+    model([mx.nd.ones((2, 3), ctx=c) for c in two])
+
+
+class TrainingHead(gluon.Block):
+    """A part that only runs in training, as auxiliary heads do; and one that never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = convolutional(widths=(4,))
+        self.head = convolutional(widths=(4,), prefix="head_")
+        self.unused = nn.Dense(3)
+
+    def forward(self, x):
+        return self.body(x) + self.head(x) if autograd.is_training() else self.body(x)
+
+
+@pytest.mark.parametrize("hybridize", [False, True])
+def test_parts_that_only_run_in_training(hybridize, two, rng):
+    """Initialized and traced by one thread, though an inference call came first."""
+    x = rng.randn(4, 3, 6, 6).astype("float32")
+    for _ in range(5):
+        net = TrainingHead()
+        net.initialize(ctx=two)
+        if hybridize:
+            net.hybridize()
+        model = ModelDataParallel(net, two)
+        model(split(x, two))
+        for contexts in (two, two[:1], two):  # one without input: an unused part has no gradient
+            with autograd.record():
+                outs = model(split(x, contexts))
+            parallel_backward(outs)
+    mx.nd.waitall()
+
+
+@pytest.mark.parametrize("make", [convolutional, waiting, Branches])
+def test_hybridizing_again_and_again(make, two, rng):
+    net = make()
+    net.initialize(ctx=two)
+    model = ModelDataParallel(net, two)
+    x = rng.randn(4, 3, 8, 8).astype("float32")
+    for i in range(8):
+        net.hybridize(static_alloc=bool(i % 2))
+        with autograd.record():
+            outs = model(split(x, two))
+        parallel_backward(outs)
+    mx.nd.waitall()
 
 
 def dropout_masks(two, model, steps=3):
@@ -343,12 +410,12 @@ def dropout_masks(two, model, steps=3):
     return np.array(masks)
 
 
-@pytest.mark.parametrize("hybridize", [False, True])
+@pytest.mark.parametrize("hybridize", [None, {}, STATIC])
 def test_dropout_differs_between_devices_and_is_reproducible(two, hybridize):
     net = nn.HybridSequential()
     net.add(nn.Dropout(0.5))
-    if hybridize:
-        net.hybridize()
+    if hybridize is not None:
+        net.hybridize(**hybridize)
     model = ModelDataParallel(net, two)
     mx.random.seed(11)
     first = dropout_masks(two, model)
@@ -364,6 +431,26 @@ def test_dropout_differs_between_devices_and_is_reproducible(two, hybridize):
     mixed = dropout_masks(two, model)
     mx.random.seed(5, ctx=two[0])
     np.testing.assert_array_equal(dropout_masks(two, model)[:, 0], mixed[:, 0])
+
+
+def test_a_seed_set_before_the_import_counts():
+    script = """
+import mxnet as mx, sys
+mx.random.seed(int(sys.argv[1]))
+from gluon_syncbn import ModelDataParallel
+contexts = [mx.cpu(0), mx.cpu(1)]
+model = ModelDataParallel(mx.gluon.nn.Dropout(0.5), contexts)
+with mx.autograd.record():
+    outs = model([mx.nd.ones(40, ctx=c) for c in contexts])
+print([o.asnumpy().tolist() for o in outs])
+"""
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", script, seed], capture_output=True, text=True, check=True
+        ).stdout
+        for seed in ("1", "1", "2")
+    ]
+    assert printed[0] == printed[1] != printed[2]
 
 
 def test_deferred_initial_weights_follow_the_callers_seed(two, rng):
@@ -398,6 +485,63 @@ def test_recording_and_training_mode_are_carried_over(two):
         with scope:
             model(xs)
         assert seen == [state] * 2
+
+
+def test_data_loader_workers_beside_training(two, rng):
+    """Forked worker processes have none of the device threads, and need none."""
+    net = SyncBatchNorm()
+    net.initialize(ctx=two)
+    model = ModelDataParallel(net, two)
+    data = gluon.data.ArrayDataset(rng.randn(32, 3).astype("float32"))
+    for _ in range(2):
+        for batch in gluon.data.DataLoader(data, 8, num_workers=2):
+            with autograd.record():
+                outs = model(split(batch.asnumpy(), two))
+            parallel_backward(outs)
+    mx.nd.waitall()
+
+
+def test_interrupting_a_call_leaves_a_working_model():
+    script = """
+import os, signal, threading, time, mxnet as mx
+from gluon_syncbn import ModelDataParallel, SyncBatchNorm
+contexts = [mx.cpu(0), mx.cpu(1)]
+class Slow(mx.gluon.Block):
+    slow = False
+    def __init__(self):
+        super().__init__()
+        self.norm = SyncBatchNorm(in_channels=1)
+    def forward(self, x):
+        if self.slow and x.context == contexts[1]:
+            time.sleep(3)
+        return self.norm(x)
+net = Slow()
+net.initialize(ctx=contexts)
+model = ModelDataParallel(net, contexts)
+xs = [mx.nd.full((1, 1), i, ctx=c) for i, c in enumerate(contexts)]
+with mx.autograd.train_mode():
+    model(xs)
+    net.slow = True
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        model(xs)
+    except KeyboardInterrupt:
+        net.slow = False
+        print([round(float(o.asscalar()), 1) for o in model(xs)])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout.strip() == "[-1.0, 1.0]", done.stderr
+
+
+def test_calling_a_model_from_within_a_network_is_refused(two):
+    inner = ModelDataParallel(SyncBatchNorm(in_channels=1), two)
+    inner.initialize(ctx=two)
+    xs = [mx.nd.ones((1, 1), ctx=c) for c in two]
+    outer = ModelDataParallel(nn.Lambda(lambda x: inner(xs)[0]), two)
+    with pytest.raises(RuntimeError, match="would wait for itself"):
+        outer(xs)
 
 
 def test_threads_are_kept(two):
@@ -461,26 +605,55 @@ def test_backward_takes_head_gradients_and_nested_losses(two):
     assert [x.grad[0].asscalar() for x in xs] == [320, 320]
 
 
-def test_a_model_that_is_gone_leaves_nothing_behind(two, rng, tmp_path):
-    """Its exported network, in the same process and alone, waits for nobody."""
-    net = nn.HybridSequential(prefix="gone_")
+def test_two_copies_of_one_file_do_not_mix(two, rng, tmp_path):
+    """A teacher and a student from one exported file, on different data, in different order."""
+    net = nn.HybridSequential(prefix="copied_")
     net.add(SyncBatchNorm(in_channels=3, prefix="norm_"))
     net.initialize(ctx=two)
     net.hybridize()
-    model = ModelDataParallel(net, two)
+    net(mx.nd.ones((1, 3), ctx=two[0]))
+    net.export(str(tmp_path / "net"))
+    models = [
+        ModelDataParallel(
+            gluon.SymbolBlock.imports(
+                str(tmp_path / "net-symbol.json"), ["data"], str(tmp_path / "net-0000.params"), two
+            ),
+            two,
+        )
+        for _ in range(2)
+    ]
+    keys = [{e.key for e in exchanges_of(model.net)} for model in models]
+    assert not keys[0] & keys[1] and len(keys[0]) == 1
     x = rng.randn(6, 3).astype("float32")
-    with autograd.record():
-        model(split(x, two))
-    net.export(str(tmp_path / "gone"))
-    del model
-    gc.collect()
-    alone = gluon.SymbolBlock.imports(
-        str(tmp_path / "gone-symbol.json"), ["data"], str(tmp_path / "gone-0000.params")
+    for model, scale in zip(models, (1, 100)):
+        with autograd.record():
+            outs = model(split(scale * x, two))
+        got = np.concatenate([o.asnumpy() for o in outs])
+        np.testing.assert_allclose(got, (x - x.mean(0)) / x.std(0), atol=1e-3)
+    # Exported again, the name does not grow.
+    models[0].net.export(str(tmp_path / "again"))
+    again = gluon.SymbolBlock.imports(
+        str(tmp_path / "again-symbol.json"), ["data"], str(tmp_path / "again-0000.params"), two
     )
+    (exchange,) = exchanges_of(again)
+    assert exchange.key.count("@") == 1
+
+
+class Sums(gluon.HybridBlock):
+    """The exchange by itself inside a network."""
+
+    def hybrid_forward(self, F, x):
+        return F.contrib.KeyBarrierSum(x, key="sums", num_devices=2)
+
+
+@pytest.mark.parametrize("hybridize", [False, True])
+def test_key_barrier_sum_inside_a_network(hybridize, two):
+    net = Sums()
+    if hybridize:
+        net.hybridize()
     gluon_syncbn.set_timeout(5)
-    with autograd.record():
-        y = alone(mx.nd.array(x))
-    np.testing.assert_allclose(y.asnumpy(), (x - x.mean(0)) / x.std(0), atol=1e-3)
+    outs = ModelDataParallel(net, two)([mx.nd.full(1, 1 + i, ctx=c) for i, c in enumerate(two)])
+    assert [o.asscalar() for o in outs] == [3, 3]
 
 
 def test_two_networks_in_one_step(two, rng):
@@ -495,7 +668,9 @@ def test_two_networks_in_one_step(two, rng):
     x = rng.randn(6, 3).astype("float32")
     for _ in range(20):
         with autograd.record():
-            outs = models[1](models[0](split(x, two)))
-            outs = models[0](outs)
-        parallel_backward(outs)
-    mx.nd.waitall()
+            first = models[0](split(x, two))
+            second = models[1](split(100 * x, two))
+        parallel_backward([list(pair) for pair in zip(first, second)])
+    for model, scale in zip(models, (1, 100)):
+        mean = model.net[0].running_mean.data(two[1]).asnumpy()
+        np.testing.assert_allclose(mean, scale * x.mean(0) * (1 - 0.9**20), rtol=1e-3, atol=1e-5)

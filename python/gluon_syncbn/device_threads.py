@@ -16,7 +16,7 @@ from mxnet import autograd
 from . import random_state
 from .key_barrier import BARRIER
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _threads = {}  # Context -> an executor of one thread
 if hasattr(os, "register_at_fork"):  # a forked child has none of the parent's threads
     os.register_at_fork(after_in_child=_threads.clear)
@@ -38,12 +38,12 @@ def _in_state(context, function, recording, training):
 
 
 def settle():
-    """Wait for everything that MXNet has pending; return the first error in it, or None."""
-    try:
-        mx.nd.waitall()
-    except mx.MXNetError as error:
-        return error
-    return None
+    """Wait for everything that MXNet has pending, and raise the first error in it.
+
+    Waiting clears the errors: what failed no longer stands in the way, and the arrays it should
+    have written hold nothing.  So the error must not be dropped.
+    """
+    mx.nd.waitall()
 
 
 def run(tasks, keys):
@@ -64,11 +64,17 @@ def run(tasks, keys):
     list
         In the order of ``tasks``.
     """
+    if random_state.is_device_thread():
+        raise RuntimeError(
+            "a device's thread cannot run all devices: it would wait for itself; call "
+            "ModelDataParallel and parallel_backward from outside of networks"
+        )
     state = autograd.is_recording(), autograd.is_training()
-    futures = [
-        _thread_of(context).submit(_in_state, context, function, *state)
-        for context, function in tasks
-    ]
+    with _lock:  # two callers come to all devices in the same order, or they could wait crosswise
+        futures = [
+            _thread_of(context).submit(_in_state, context, function, *state)
+            for context, function in tasks
+        ]
     try:
         wait(futures, return_when=FIRST_EXCEPTION)
         failed = next((i for i, f in enumerate(futures) if f.done() and f.exception()), None)
@@ -81,7 +87,10 @@ def run(tasks, keys):
     BARRIER.abort(keys, why)
     try:
         wait(futures)
-        settle()
+        try:
+            settle()
+        except mx.MXNetError:
+            pass  # what `error` brought about
     finally:
         BARRIER.resume(keys)
     raise error

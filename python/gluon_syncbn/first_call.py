@@ -1,33 +1,33 @@
 """What a network needs before devices may run it side by side: its parameters and its graphs.
 
 Gluon initializes deferred parameters and traces hybridized blocks inside the first call, and
-neither is safe in several threads.  So before a network's first call, and again when it is
-hybridized or cast anew, one device runs it alone in the caller's thread, and the statistics that
-this run moved are put back.
+neither is safe in several threads.  So before a network's first call, in training and in inference,
+and again when it is hybridized or cast anew, one device runs it alone in the caller's thread, and
+the statistics that this run moved are put back.
 """
 
 from mxnet import autograd
-from mxnet.gluon import HybridBlock
+from mxnet.gluon import HybridBlock, SymbolBlock
 
 from .device_threads import settle
+from .exchanges import blocks_of
 from .key_barrier import BARRIER
 
 
-def _unready(block):
-    """Parameters without values and active blocks without graphs, as a set."""
-    found = {p for p in block.collect_params().values() if p._deferred_init}
-    stack, seen = [block], set()
-    while stack:
-        block = stack.pop()
-        if id(block) in seen:
-            continue
-        seen.add(id(block))
-        if isinstance(block, HybridBlock) and (block._active or not block._children):
-            # Below an active block all is part of its graph.  A SymbolBlock always has one.
-            if block._active and block._cached_op is None:
-                found.add(block)
-        else:
-            stack.extend(block._children.values())
+def _unready(net):
+    """Parameters without values and blocks whose graph is still to be traced, as a set.
+
+    Below a block that is traced as a whole its children stay without a graph; that is why what is
+    left after a run is remembered.
+    """
+    found = set()
+    for block in blocks_of(net):
+        found.update(p for p in block.params.values() if p._deferred_init)
+        traced = isinstance(block, SymbolBlock) or (
+            isinstance(block, HybridBlock) and block._active
+        )
+        if traced and block._cached_op is None:
+            found.add(block)
     return found
 
 
@@ -43,9 +43,10 @@ class FirstCall:
 
     def __init__(self, net, call):
         self._net, self._call = net, call
-        self._unused = set()  # what stayed unready, because the network does not use it
+        # Training or not -> what a run in that mode leaves unready, because it does not use it.
+        self._left = {}
 
-    def prepare(self, share, contexts, keys):
+    def prepare(self, share, contexts):
         """Run the network once on one device if it is not ready; raise what that raises.
 
         Parameters
@@ -54,26 +55,29 @@ class FirstCall:
             What to run it on.
         contexts : list of Context
             All devices.
-        keys : list of str
-            The network's exchanges; in this run nobody else comes to them.
         """
-        if not _unready(self._net) - self._unused:
+        training = autograd.is_training()
+        unready = _unready(self._net)
+        if not unready - self._left.get(training, set()):
             return
         settle()
-        BARRIER.set_members(keys, 1)
         statistics = [p for p in self._net.collect_params().values() if p.grad_req == "null"]
-        before = {p: p.data(share.context).copy() for p in statistics if not p._deferred_init}
+        before = {
+            p: p.data(share.context).copy() for p in statistics if p._data and not p._deferred_init
+        }
         recording = autograd.set_recording(False)
+        BARRIER.set_members([""], 1)  # whatever it meets others for, in this run nobody comes
         try:
             with share.context:
                 self._call(share)
-        finally:
             settle()
-            other = next((c for c in contexts if c != share.context), None)
-            for p in statistics:
-                if p in before:
-                    before[p].copyto(p.data(share.context))
-                elif not p._deferred_init and other is not None:
-                    p.data(other).copyto(p.data(share.context))
+        finally:
             autograd.set_recording(recording)
-        self._unused = _unready(self._net)
+            BARRIER.set_members([""], 0)
+        other = next(c for c in contexts if c != share.context)
+        for p in statistics:
+            if p in before:
+                before[p].copyto(p.data(share.context))
+            elif p._data:
+                p.data(other).copyto(p.data(share.context))
+        self._left[training] = _unready(self._net)

@@ -1,13 +1,11 @@
 """A network on several devices at once: each runs its share of the batch in a thread of its own."""
 
 import os
-import warnings
-import weakref
 
 from mxnet import autograd, ndarray
 from mxnet.gluon import Block
 
-from . import device_threads
+from . import device_threads, random_state
 from .exchanges import exchanges_of
 from .first_call import FirstCall
 from .key_barrier import BARRIER
@@ -36,7 +34,14 @@ class ModelDataParallel:
     statistic; its moving statistics become those of the others and its gradients zero, so that
     ``trainer.step`` does what one device with the whole batch would do.
 
-    The first call runs the network once more, on one device alone, to initialize and trace it.
+    The first call in training and the first in inference run the network once more, on one device
+    alone, to initialize and trace it; initial weights are drawn from the caller's random state.
+
+    The network's own calls, without this object, still meet as many devices in training as the
+    last call through this object had.
+
+    An exchange or another operator that failed raises when its result is read, or else at the next
+    call that has to wait for it; the call after that works.
 
     Raises
     ------
@@ -82,10 +87,9 @@ class ModelDataParallel:
                 "NaiveEngine runs one operator at a time, so several devices can never meet; "
                 "unset MXNET_ENGINE_TYPE, or use one device"
             )
+        random_state.begin()
         self._first_call = FirstCall(net, self._call)
         self._mode = None
-        self._keys = set()  # whose members we have set
-        weakref.finalize(self, _leave, self._keys)
         self._failures = BARRIER.failures
         self._exchanges()
 
@@ -99,11 +103,11 @@ class ModelDataParallel:
 
     def __call__(self, *args, **kwargs):
         shares = split(self.ctx_list, args, kwargs)
+        self._raise_failures()
+        if len(self.ctx_list) > 1:
+            self._first_call.prepare(shares[0], self.ctx_list)
         exchanges = self._exchanges()
         keys = [e.key for e in exchanges]
-        self._forget_failures()
-        if len(self.ctx_list) > 1:
-            self._first_call.prepare(shares[0], self.ctx_list, keys)
         self._enter_mode(keys, len(shares))
         outputs = self._run(shares, keys)
         if len(shares) < len(self.ctx_list):
@@ -119,9 +123,8 @@ class ModelDataParallel:
         mode = autograd.is_training(), num_devices
         if mode == self._mode and not BARRIER.members_differ(keys, num_devices):
             return
-        self._settle()
+        device_threads.settle()
         BARRIER.set_members(keys, num_devices)
-        self._keys.update(keys)
         self._mode = mode
 
     def _stand_in(self, present, exchanges):
@@ -132,7 +135,7 @@ class ModelDataParallel:
             if autograd.is_training():
                 # A graph with static_shape does not tell the engine that it writes statistics, so
                 # the engine would not make the copies wait for it.
-                self._settle()
+                device_threads.settle()
                 _copy_statistics(exchanges, present[0], absent)
             if recording:
                 _zero_gradients(self.net, absent)
@@ -160,24 +163,11 @@ class ModelDataParallel:
                 )
         return exchanges
 
-    def _forget_failures(self):
-        """After a failed exchange, clear what the engine still holds of it."""
+    def _raise_failures(self):
+        """After a failed exchange: what nobody has read of it must neither be lost nor linger."""
         if BARRIER.failures != self._failures:
-            self._settle()
             self._failures = BARRIER.failures
-
-    def _settle(self):
-        error = device_threads.settle()
-        if error is not None:
-            warnings.warn(
-                f"results of an earlier step, which were never read, had failed: {error}",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-
-
-def _leave(keys):
-    BARRIER.set_members(keys, 0)
+            device_threads.settle()
 
 
 def _copy_statistics(exchanges, source, absent):
@@ -189,7 +179,7 @@ def _copy_statistics(exchanges, source, absent):
 
 def _zero_gradients(net, absent):
     for parameter in net.collect_params().values():
-        if parameter.grad_req == "null":
+        if parameter.grad_req == "null" or not parameter._data:  # the network does not use it
             continue
         for context in absent:
             if parameter.grad_req == "write":

@@ -9,13 +9,15 @@ that and its device.
 
 import threading
 
+import mxnet as mx
 from mxnet.base import _LIB, check_call
 
 _lock = threading.Lock()
 _thread = threading.local()
-_default = (0, 0)  # (generation, seed); MXNet's own seed is 0 until it is set
+_default = (0, 0)  # (generation, seed)
 _of_context = {}  # (device_typeid, device_id) -> (generation, seed), from seed(n, ctx=...)
 _generations = 0
+_begun = False
 
 
 def _note_seeds():
@@ -26,7 +28,7 @@ def _note_seeds():
 
     def note_all(seed):
         global _default, _generations
-        if not getattr(_thread, "is_device", False):
+        if not is_device_thread():
             with _lock:
                 _generations += 1
                 _default = (_generations, number(seed))
@@ -35,7 +37,7 @@ def _note_seeds():
 
     def note_context(seed, device_type, device_id):
         global _generations
-        if not getattr(_thread, "is_device", False):
+        if not is_device_thread():
             with _lock:
                 _generations += 1
                 _of_context[number(device_type), number(device_id)] = (
@@ -49,6 +51,20 @@ def _note_seeds():
 
 
 _seed_context = _note_seeds()
+
+
+def begin():
+    """Note where the calling thread stands, if nobody has seeded since this package came."""
+    global _begun, _default, _generations
+    if not _begun and not _generations:
+        number = mx.nd.random.randint(0, 2**31 - 1, shape=(1,), dtype="int32").asscalar()
+        _generations, _default = 1, (1, int(number))
+    _begun = True
+
+
+def is_device_thread():
+    """Whether the calling thread is a device's."""
+    return getattr(_thread, "is_device", False)
 
 
 def follow(context):

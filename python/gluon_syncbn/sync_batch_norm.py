@@ -1,5 +1,7 @@
 """The layer: batch normalization over the whole batch, wherever its parts lie."""
 
+import operator
+import threading
 import weakref
 from collections import Counter
 
@@ -10,6 +12,20 @@ from mxnet.ndarray import NDArray
 # No two layers of a process ever meet under one key, not even one after the other.
 _keys = weakref.WeakKeyDictionary()  # layer -> its key
 _layers_named = Counter()
+_lock = threading.Lock()
+
+
+def _positive(num_devices):
+    try:
+        number = 0 if isinstance(num_devices, bool) else operator.index(num_devices)
+    except TypeError:
+        number = 0
+    if number <= 0:
+        raise ValueError(
+            "num_devices must be a positive integer, or None for what ModelDataParallel says, but "
+            f"is {num_devices!r}"
+        )
+    return number
 
 
 class SyncBatchNorm(nn.BatchNorm):
@@ -26,7 +42,8 @@ class SyncBatchNorm(nn.BatchNorm):
         Number of channels.  0: taken from the first input.
     num_devices : int or None, default None
         How many devices take part.  None: what :class:`ModelDataParallel` says; outside of one,
-        the number of visible GPUs, or 1.
+        the number of visible GPUs, or 1.  (A network that has been called through a
+        ModelDataParallel keeps to what that said.)
     momentum : float, default 0.9
         How much the moving statistics keep: ``moving = moving * momentum + batch * (1 -
         momentum)``.  The moving variance is the biased one, as in MXNet.
@@ -99,13 +116,8 @@ default 'zeros' and 'ones'
         axis=1,
         **kwargs,
     ):
-        if num_devices is not None and not (
-            isinstance(num_devices, int) and not isinstance(num_devices, bool) and num_devices > 0
-        ):
-            raise ValueError(
-                f"num_devices must be a positive integer, or None for what ModelDataParallel "
-                f"says, but is {num_devices!r}"
-            )
+        if num_devices is not None:
+            num_devices = _positive(num_devices)
         super().__init__(
             axis=axis,
             momentum=momentum,
@@ -135,12 +147,13 @@ default 'zeros' and 'ones'
     @property
     def key(self):
         """The name under which the devices meet: the layer's prefix, made unique."""
-        if self not in _keys:
-            name = self.prefix or self._alias()
-            _layers_named[name] += 1
-            count = _layers_named[name]
-            _keys[self] = name if count == 1 else f"{name}#{count}"
-        return _keys[self]
+        with _lock:
+            if self not in _keys:
+                name = self.prefix or self._alias()
+                _layers_named[name] += 1
+                count = _layers_named[name]
+                _keys[self] = name if count == 1 else f"{name}#{count}"
+            return _keys[self]
 
     def hybrid_forward(self, F, x, gamma, beta, running_mean, running_var):
         options = {k: self._kwargs[k] for k in ("axis", "eps", "momentum", "fix_gamma")}

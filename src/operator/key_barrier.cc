@@ -61,10 +61,8 @@ void KeyBarrier::Arrive(Arrival arrival, Completion done) {
       ++failures_;
       failed.push_back({std::move(refused), closed_.empty() ? aborted->second : closed_});
     } else {
-      if (arrival.lane == 0) {
-        const auto members = members_.find(arrival.key);
-        if (members != members_.end()) arrival.num_devices = members->second;
-      }
+      const int members = arrival.lane == 0 ? MembersOf(arrival.key) : 0;
+      if (members > 0) arrival.num_devices = members;
       const Lane lane{arrival.key, arrival.call, arrival.lane};
       auto& rounds = open_[lane];
       auto round = std::find_if(rounds.begin(), rounds.end(), [&](const Round& r) {
@@ -172,7 +170,13 @@ void KeyBarrier::SetMembers(const std::string& key, int num_devices) {
 
 int KeyBarrier::Members(const std::string& key) const {
   std::lock_guard<std::mutex> lock(mutex_);
-  const auto members = members_.find(key);
+  return MembersOf(key);
+}
+
+// The lock is held.
+int KeyBarrier::MembersOf(const std::string& key) const {
+  auto members = members_.find("");
+  if (members == members_.end()) members = members_.find(key);
   return members == members_.end() ? 0 : members->second;
 }
 

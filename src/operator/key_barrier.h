@@ -62,8 +62,8 @@ class KeyBarrier {
   // An arrival whose length or number of devices contradicts its round fails the round.
   void Arrive(Arrival arrival, Completion done);
 
-  // How many devices come to the forward rounds of this key, whatever the arrivals say; 0 lets the
-  // arrivals decide again.  Rounds that are open keep their own number.
+  // How many devices come to the forward rounds of this key (the key "" stands for all), whatever
+  // the arrivals say; 0 lets the arrivals decide again.  Open rounds keep their own number.
   void SetMembers(const std::string& key, int num_devices);
   int Members(const std::string& key) const;
 
@@ -101,6 +101,7 @@ class KeyBarrier {
   static void Complete(Round round);
   // `pause`: see the definition.
   static void Fail(std::vector<FailedRound> failed, std::chrono::milliseconds pause);
+  int MembersOf(const std::string& key) const;
   std::string Describe(const Round& round) const;
   template <typename Predicate>
   std::vector<FailedRound> TakeRounds(Predicate predicate, const std::string& why);

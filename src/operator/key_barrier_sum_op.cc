@@ -26,14 +26,14 @@ struct KeyBarrierSumParam : public dmlc::Parameter<KeyBarrierSumParam> {
   int call;
   DMLC_DECLARE_PARAMETER(KeyBarrierSumParam) {
     DMLC_DECLARE_FIELD(key).describe(
-        "The name under which the devices meet. Calls on one device must come in the same order "
-        "on every device.");
+        "The name under which the devices meet. A key may be under way once per device: use "
+        "another key, or call number, for a sum that does not depend on the one before.");
     DMLC_DECLARE_FIELD(num_devices)
         .set_default(0)
         .set_lower_bound(0)
         .describe(
-            "How many devices take part. 0: what ModelDataParallel says, outside of one the number "
-            "of visible GPUs, or 1.");
+            "How many devices take part. (In _syncbn_sum 0 is what ModelDataParallel says, outside "
+            "of one the number of visible GPUs, or 1.)");
     DMLC_DECLARE_FIELD(call).set_default(0).describe(
         "Tells apart several uses of one key in one graph, which may run in any order.");
   }
@@ -212,6 +212,12 @@ class BarrierProperty : public ParameterizedProperty<Self, KeyBarrierSumParam> {
 
 class KeyBarrierSumProperty : public BarrierProperty<KeyBarrierSumProperty> {
  public:
+  void Init(const std::vector<std::pair<std::string, std::string>>& kwargs) override {
+    BarrierProperty::Init(kwargs);
+    if (param_.num_devices == 0) {
+      throw dmlc::ParamError("KeyBarrierSum: num_devices must say how many devices take part");
+    }
+  }
   std::string TypeString() const override { return "_contrib_KeyBarrierSum"; }
   mxnet::Operator* CreateOperator(mxnet::Context context) const override {
     return new KeyBarrierSumOp(param_, context, false);

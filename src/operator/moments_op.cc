@@ -91,7 +91,12 @@ class MomentsProperty : public ParameterizedProperty<MomentsProperty, MomentsPar
       out->at(kStatistics) = VectorShape(StatisticsSize(c));
       out->at(kCoefficients) = VectorShape(CoefficientsSize(c));
     }
-    return mxnet::shape_is_known(data);
+    if (!mxnet::shape_is_known(data)) return false;
+    if (data.Size() == 0) {
+      Raise("SyncBatchNorm: the input is empty, of shape ", data,
+            "; leave a device without data out of ModelDataParallel's list of inputs.");
+    }
+    return true;
   }
 
   bool InferType(std::vector<int>* in, std::vector<int>* out,
