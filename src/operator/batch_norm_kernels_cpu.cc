@@ -116,9 +116,8 @@ class Tables {
 
 // sum(a) and sum(a * b) per channel; `then(tile)` runs while the tile is in the cache.
 //
-// Both sums are of the plain values, not of their distance from something: products of float32
-// numbers are exact in float64, and a float64 sum over data a million standard deviations from
-// zero still has the digits that float32 data have.
+// The sums are float64 from the first addition on: float32 sums would need short blocks to be
+// accurate, and the conversion costs nothing while memory is the limit.
 template <typename T, typename Then>
 void SumTiles(const FeatureTiles& tiles, const T* a, const T* b, double* sums, double* products,
               std::size_t channels, const Then& then) {
@@ -192,7 +191,14 @@ class StatisticsInUse {
   const W* moving_var_;
 };
 
-// Moves the array once, for reading; twice more where it has to be copied.
+// Calls visit(tile) for every tile, the last first: the pass before, over the same data, was the
+// one that took sums, and what it read last is what is still in the cache.
+template <typename Visit>
+void ForEachTileBackwards(const FeatureTiles& tiles, const Visit& visit) {
+  ParallelFor(tiles.count(), [&](std::size_t i) { visit(tiles[tiles.count() - 1 - i]); });
+}
+
+// Moves the array once, x in; once more, to be written, where it has to be copied.
 template <typename T>
 void RunTyped(const MomentsForward& k) {
   const FeatureTiles tiles(k.shape);
@@ -206,7 +212,8 @@ void RunTyped(const MomentsForward& k) {
   k.statistics[2 * channels] = static_cast<double>(k.shape.count());
 }
 
-// Moves the array twice: x in, y out.
+// Moves two arrays once: x in, y out.  y needs the statistics of all devices, so it cannot be had
+// in the pass that took them.
 template <typename T>
 void RunTyped(const NormalizeForward& k) {
   using W = Wide<T>;
@@ -230,8 +237,8 @@ void RunTyped(const NormalizeForward& k) {
   tables.Spread();
   const T* x = static_cast<const T*>(k.x);
   T* y = static_cast<T*>(k.y);
-  ParallelFor(tiles.count(), [&](std::size_t i) {
-    Loops<T>().affine(tiles[i], tables.affine(), x, y, k.y_request == Request::kAdd);
+  ForEachTileBackwards(tiles, [&](const FeatureTile& tile) {
+    Loops<T>().affine(tile, tables.affine(), x, y, k.y_request == Request::kAdd);
   });
 }
 
@@ -245,7 +252,8 @@ struct Coefficients {
   double a;
 };
 
-// Moves two arrays once, dy and x in; dy handed through in place stays where it is.
+// Moves two arrays once: dy and x in, both of which the sums are over.  dy handed through in place
+// stays where it is; dx out is a third, alone or where dy has to be copied.
 template <typename T>
 void RunTyped(const NormalizeBackward& k) {
   using W = Wide<T>;
@@ -313,8 +321,8 @@ void RunTyped(const MomentsBackward& k) {
   const T* dy = static_cast<const T*>(k.dy);
   const T* x = static_cast<const T*>(k.x);
   T* dx = static_cast<T*>(k.dx);
-  ParallelFor(tiles.count(), [&](std::size_t i) {
-    Loops<T>().combine(tiles[i], tables.affine(), tables.factor(), dy, x, dx,
+  ForEachTileBackwards(tiles, [&](const FeatureTile& tile) {
+    Loops<T>().combine(tile, tables.affine(), tables.factor(), dy, x, dx,
                        k.dx_request == Request::kAdd);
   });
 }
