@@ -20,6 +20,13 @@ struct Float16 {
 
 namespace {
 
+#ifdef __F16C__
+
+inline float ToFloat(Float16 value) { return _cvtsh_ss(value.bits); }
+inline Float16 ToFloat16(float value) { return {_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT)}; }
+
+#else
+
 inline std::uint32_t BitsOf(float value) {
   std::uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
@@ -56,6 +63,8 @@ inline Float16 ToFloat16(float value) {
   half = magnitude > 0x7f800000u ? 0x7e00u : half;
   return {static_cast<std::uint16_t>(sign | half)};
 }
+
+#endif
 
 // The instructions do eight at a time; what is left, or all without them, goes one by one.
 inline void ConvertRun(const Float16* from, float* to, std::size_t n) {
