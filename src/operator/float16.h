@@ -75,8 +75,7 @@ inline void ConvertRun(const Float16* from, float* to, std::size_t n) {
     _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
   }
 #endif
-#pragma omp simd
-  for (std::size_t j = i; j < n; ++j) to[j] = ToFloat(from[j]);
+  for (; i < n; ++i) to[i] = ToFloat(from[i]);
 }
 
 inline void ConvertRun(const float* from, Float16* to, std::size_t n) {
@@ -87,8 +86,7 @@ inline void ConvertRun(const float* from, Float16* to, std::size_t n) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), half);
   }
 #endif
-#pragma omp simd
-  for (std::size_t j = i; j < n; ++j) to[j] = ToFloat16(from[j]);
+  for (; i < n; ++i) to[i] = ToFloat16(from[i]);
 }
 
 }  // namespace
