@@ -1,23 +1,61 @@
 // The four kernels on the CPU.  See batch_norm_kernels.h for what they compute.
 //
-// Each pass over a feature map is one of two loops: rows of one channel (inner > 1) or rows of all
-// channels (inner == 1, channels last).  What a pass does to an element is a small struct; the
-// two loops are written once.
+// What is per channel is here.  What is per element is cut into tiles (feature_tiles.h), which
+// threads share (cpu_threads.h), and runs in loops for the CPU at hand (cpu_loops.h).  Memory is
+// what takes the time: each kernel reads and writes every element as often as it must, and what a
+// tile needs twice it gets from the cache the second time.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <type_traits>
 #include <vector>
 
 #include "batch_norm_kernels.h"
-#include "float16.h"
+#include "cpu_loops.h"
+#include "cpu_threads.h"
+#include "feature_tiles.h"
 
 namespace gluon_syncbn {
 namespace {
 
-// What arithmetic on T is done in, and what its parameters are stored in.
+const CpuLoopSet& ChooseLoops() {
+#if GLUON_SYNCBN_X86_LOOPS
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  // All CPUs with AVX2 have F16C; older compilers cannot ask for it.
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return kAvx512Loops;
+  }
+  if (avx2) return kAvx2Loops;
+#endif
+  return kBaselineLoops;
+}
+
+const CpuLoopSet& loops = ChooseLoops();
+
 template <typename T>
-using Wide = std::conditional_t<std::is_same<T, double>::value, double, float>;
+const CpuLoops<T>& Loops();
+template <>
+const CpuLoops<Float16>& Loops() {
+  return loops.float16;
+}
+template <>
+const CpuLoops<float>& Loops() {
+  return loops.float32;
+}
+template <>
+const CpuLoops<double>& Loops() {
+  return loops.float64;
+}
+
+// Memory that a thread keeps from call to call, one piece per Use: small layers stay cheap.
+enum class Use { kTables, kChannelTable, kTileSums, kChannelSums };
+template <Use use, typename Element>
+Element* Scratch(std::size_t size) {
+  static thread_local std::vector<Element> buffer;
+  if (buffer.size() < size) buffer.resize(size);
+  return buffer.data();
+}
 
 // A float64 number as the sum of two, so that x - mean stays exact in the narrower type.
 template <typename W>
@@ -27,93 +65,96 @@ struct Pair {
   W low;
 };
 
-// y = scale * (x - mean) + shift in two operations: the low part of the mean goes into the shift.
-template <typename W>
-struct Affine {
-  std::vector<W> mean, scale, shift;
+// Calls visit(c) for every channel.  Many channels are worth several threads, too.
+template <typename Visit>
+void ForEachChannel(std::size_t channels, const Visit& visit) {
+  constexpr std::size_t kPiece = 2048;
+  ParallelFor((channels + kPiece - 1) / kPiece, [&](std::size_t piece) {
+    const std::size_t end = std::min(channels, (piece + 1) * kPiece);
+    for (std::size_t c = piece * kPiece; c < end; ++c) visit(c);
+  });
+}
 
-  explicit Affine(std::size_t channels) : mean(channels), scale(channels), shift(channels) {}
-  void Set(std::size_t c, double mean_c, double scale_c, double shift_c) {
-    const Pair<W> pair(mean_c);
-    mean[c] = pair.high;
-    scale[c] = static_cast<W>(scale_c);
-    shift[c] = static_cast<W>(shift_c - scale_c * pair.low);
+// What the loops read per column, set per channel: four numbers, each in a table of its own.
+template <typename W>
+class Tables {
+ public:
+  explicit Tables(const FeatureTiles& tiles)
+      : tiles_(tiles),
+        pitch_(std::max(tiles.channels(), tiles.columns())),
+        table_(Scratch<Use::kTables, W>(4 * pitch_)) {}
+
+  // factor * dy + (x - mean) * scale + shift; the low part of the mean goes into the shift.
+  void Set(std::size_t c, double mean, double scale, double shift, double factor = 0.0) {
+    const Pair<W> pair(mean);
+    table_[c] = pair.high;
+    table_[pitch_ + c] = static_cast<W>(scale);
+    table_[2 * pitch_ + c] = static_cast<W>(shift - scale * pair.low);
+    table_[3 * pitch_ + c] = static_cast<W>(factor);
   }
+
+  // Once all channels are set.
+  void Spread() {
+    if (tiles_.columns() == tiles_.channels()) return;
+    W* channel_values = Scratch<Use::kChannelTable, W>(tiles_.channels());
+    for (std::size_t t = 0; t < 4; ++t) {
+      W* table = table_ + t * pitch_;
+      std::copy_n(table, tiles_.channels(), channel_values);
+      tiles_.ForEachColumn(0, tiles_.columns(), [=](std::size_t column, std::size_t c) {
+        table[column] = channel_values[c];
+      });
+    }
+  }
+  Affine<W> affine() const { return {table_, table_ + pitch_, table_ + 2 * pitch_}; }
+  const W* factor() const { return table_ + 3 * pitch_; }
+
+ private:
+  const FeatureTiles& tiles_;
+  const std::size_t pitch_;
+  W* const table_;
 };
 
-// Calls `row(offset, channel, length)` for every contiguous run of one channel.
-template <typename Row>
-void ForEachChannelRow(const FeatureShape& s, Row row) {
-  for (std::size_t o = 0; o < s.outer; ++o) {
-    for (std::size_t c = 0; c < s.channels; ++c) {
-      row((o * s.channels + c) * s.inner, c, s.inner);
-    }
-  }
-}
-
-// Calls `element(index, channel)` for every element, in an order that vectorizes.
-template <typename Element>
-void ForEachElement(const FeatureShape& s, Element element) {
-  if (s.inner == 1) {
-    for (std::size_t o = 0; o < s.outer; ++o) {
-      const std::size_t row = o * s.channels;
-#pragma omp simd
-      for (std::size_t c = 0; c < s.channels; ++c) element(row + c, c);
-    }
-  } else {
-    ForEachChannelRow(s, [&](std::size_t offset, std::size_t c, std::size_t length) {
-#pragma omp simd
-      for (std::size_t i = 0; i < length; ++i) element(offset + i, c);
-    });
-  }
-}
-
-// Two sums per channel in float64; `term(index, channel, &first, &second)` gives one element's.
-template <typename Term>
-void SumPairs(const FeatureShape& s, Term term, double* first, double* second) {
-  std::fill_n(first, s.channels, 0.0);
-  std::fill_n(second, s.channels, 0.0);
-  if (s.inner == 1) {
-    for (std::size_t o = 0; o < s.outer; ++o) {
-      const std::size_t row = o * s.channels;
-#pragma omp simd
-      for (std::size_t c = 0; c < s.channels; ++c) {
-        double a, b;
-        term(row + c, c, &a, &b);
-        first[c] += a;
-        second[c] += b;
-      }
-    }
-  } else {
-    ForEachChannelRow(s, [&](std::size_t offset, std::size_t c, std::size_t length) {
-      double sum_a = 0.0, sum_b = 0.0;
-#pragma omp simd reduction(+ : sum_a, sum_b)
-      for (std::size_t i = 0; i < length; ++i) {
-        double a, b;
-        term(offset + i, c, &a, &b);
-        sum_a += a;
-        sum_b += b;
-      }
-      first[c] += sum_a;
-      second[c] += sum_b;
+// sum(a) and sum(a * b) per channel; `then(tile)` runs while the tile is in the cache.
+//
+// The sums are float64 from the first addition on: float32 sums would need short blocks to be
+// accurate, and the conversion costs nothing while memory is the limit.
+template <typename T, typename Then>
+void SumTiles(const FeatureTiles& tiles, const T* a, const T* b, double* sums, double* products,
+              std::size_t channels, const Then& then) {
+  const std::size_t tile_columns = tiles.tile_columns();
+  // Whole cache lines for each tile: neighbours may be the work of different threads.
+  const std::size_t pitch = (2 * tile_columns + 7) / 8 * 8;
+  double* partial = Scratch<Use::kTileSums, double>(tiles.count() * pitch);
+  ParallelFor(tiles.count(), [&](std::size_t i) {
+    const FeatureTile tile = tiles[i];
+    Loops<T>().sum(tile, a, b, partial + i * pitch, partial + i * pitch + tile_columns);
+    then(tile);
+  });
+  std::fill_n(sums, channels, 0.0);
+  std::fill_n(products, channels, 0.0);
+  for (std::size_t i = 0; i < tiles.count(); ++i) {
+    const FeatureTile tile = tiles[i];
+    const double* sum = partial + i * pitch;
+    const double* product = sum + tile_columns;
+    tiles.ForEachColumn(tile.first_column, tile.columns, [&](std::size_t column, std::size_t c) {
+      sums[c] += sum[column - tile.first_column];
+      products[c] += product[column - tile.first_column];
     });
   }
 }
 
 template <typename T>
-void Copy(const FeatureShape& s, const T* from, T* to) {
-  if (from != to) std::memcpy(to, from, s.outer * s.channels * s.inner * sizeof(T));
+void CopyTile(const FeatureTile& tile, const T* from, T* to) {
+  for (std::size_t row = 0; row < tile.rows; ++row) {
+    const std::size_t at = tile.offset + row * tile.stride;
+    std::memcpy(to + at, from + at, tile.columns * tile.inner * sizeof(T));
+  }
 }
 
 template <typename W>
 void Assign(Request request, W* to, double value) {
   if (request == Request::kWrite) *to = static_cast<W>(value);
   if (request == Request::kAdd) *to = static_cast<W>(*to + value);
-}
-
-template <typename T, typename W>
-void Store(bool add, T* to, W value) {
-  *to = static_cast<T>(add ? static_cast<W>(*to) + value : value);
 }
 
 // The statistics that a pass uses: over all devices, or the moving ones.
@@ -150,145 +191,139 @@ class StatisticsInUse {
   const W* moving_var_;
 };
 
-template <typename T>
-void RunTyped(const MomentsForward& k) {
-  using W = Wide<T>;
-  const T* x = static_cast<const T*>(k.x);
-  const std::size_t channels = k.shape.channels;
-  Copy(k.shape, x, static_cast<T*>(k.copy));
-  // Summed around the channel's first element, so that rounding does not grow with the number of
-  // elements when the data lie far from zero; the result is moved back to zero once, at the end.
-  std::vector<double> pivot(channels);
-  for (std::size_t c = 0; c < channels; ++c) pivot[c] = static_cast<W>(x[c * k.shape.inner]);
-  const double* origin = pivot.data();
-  double* sum = k.statistics;
-  double* square = k.statistics + channels;
-  SumPairs(
-      k.shape,
-      [=](std::size_t i, std::size_t c, double* first, double* second) {
-        *first = static_cast<W>(x[i]) - origin[c];
-        *second = *first * *first;
-      },
-      sum, square);
-  const double count = static_cast<double>(k.shape.count());
-  for (std::size_t c = 0; c < channels; ++c) {
-    square[c] += pivot[c] * (2 * sum[c] + count * pivot[c]);
-    sum[c] += count * pivot[c];
-  }
-  k.statistics[2 * channels] = count;
+// Calls visit(tile) for every tile, the last first: the pass before, over the same data, was the
+// one that took sums, and what it read last is what is still in the cache.
+template <typename Visit>
+void ForEachTileBackwards(const FeatureTiles& tiles, const Visit& visit) {
+  ParallelFor(tiles.count(), [&](std::size_t i) { visit(tiles[tiles.count() - 1 - i]); });
 }
 
+// Moves the array once, x in; once more, to be written, where it has to be copied.
+template <typename T>
+void RunTyped(const MomentsForward& k) {
+  const FeatureTiles tiles(k.shape);
+  const std::size_t channels = k.shape.channels;
+  const T* x = static_cast<const T*>(k.x);
+  T* copy = static_cast<T*>(k.copy);
+  SumTiles(tiles, x, x, k.statistics, k.statistics + channels, channels,
+           [=](const FeatureTile& tile) {
+             if (copy != x) CopyTile(tile, x, copy);
+           });
+  k.statistics[2 * channels] = static_cast<double>(k.shape.count());
+}
+
+// Moves two arrays once: x in, y out.  y needs the statistics of all devices, so it cannot be had
+// in the pass that took them.
 template <typename T>
 void RunTyped(const NormalizeForward& k) {
   using W = Wide<T>;
+  const FeatureTiles tiles(k.shape);
   const std::size_t channels = k.shape.channels;
   const W* gamma = static_cast<const W*>(k.gamma);
   const W* beta = static_cast<const W*>(k.beta);
   W* moving_mean = static_cast<W*>(k.moving_mean);
   W* moving_var = static_cast<W*>(k.moving_var);
   const StatisticsInUse<W> statistics(channels, k.statistics, moving_mean, moving_var);
-  Affine<W> affine(channels);
-  for (std::size_t c = 0; c < channels; ++c) {
+  Tables<W> tables(tiles);
+  ForEachChannel(channels, [&](std::size_t c) {
     const ChannelStatistics s = statistics[c];
     const double gamma_c = k.fix_gamma ? 1.0 : static_cast<double>(gamma[c]);
-    affine.Set(c, s.mean, gamma_c / std::sqrt(s.var + k.epsilon), static_cast<double>(beta[c]));
-    if (statistics.measured()) {
-      moving_mean[c] = static_cast<W>(k.momentum * moving_mean[c] + (1 - k.momentum) * s.mean);
-      moving_var[c] = static_cast<W>(k.momentum * moving_var[c] + (1 - k.momentum) * s.var);
-    }
-  }
+    tables.Set(c, s.mean, gamma_c / std::sqrt(s.var + k.epsilon), beta[c]);
+    if (!statistics.measured()) return;
+    moving_mean[c] = static_cast<W>(k.momentum * moving_mean[c] + (1 - k.momentum) * s.mean);
+    moving_var[c] = static_cast<W>(k.momentum * moving_var[c] + (1 - k.momentum) * s.var);
+  });
   if (k.y_request == Request::kNull) return;
-  const bool add = k.y_request == Request::kAdd;
+  tables.Spread();
   const T* x = static_cast<const T*>(k.x);
   T* y = static_cast<T*>(k.y);
-  const W* mean = affine.mean.data();
-  const W* scale = affine.scale.data();
-  const W* shift = affine.shift.data();
-  ForEachElement(k.shape, [=](std::size_t i, std::size_t c) {
-    Store(add, y + i, (static_cast<W>(x[i]) - mean[c]) * scale[c] + shift[c]);
+  ForEachTileBackwards(tiles, [&](const FeatureTile& tile) {
+    Loops<T>().affine(tile, tables.affine(), x, y, k.y_request == Request::kAdd);
   });
 }
 
+// What the gradient has per channel: r and A of batch_norm_kernels.h.
+template <typename W>
+struct Coefficients {
+  Coefficients(const NormalizeBackward& k, const ChannelStatistics& s, std::size_t c)
+      : r(1.0 / std::sqrt(s.var + k.epsilon)),
+        a(k.fix_gamma ? r : r * static_cast<const W*>(k.gamma)[c]) {}
+  double r;
+  double a;
+};
+
+// Moves two arrays once: dy and x in, both of which the sums are over.  dy handed through in place
+// stays where it is; dx out is a third, alone or where dy has to be copied.
 template <typename T>
 void RunTyped(const NormalizeBackward& k) {
   using W = Wide<T>;
+  const FeatureTiles tiles(k.shape);
   const std::size_t channels = k.shape.channels;
   const T* dy = static_cast<const T*>(k.dy);
   const T* x = static_cast<const T*>(k.x);
-  const W* gamma = static_cast<const W*>(k.gamma);
+  T* dx = static_cast<T*>(k.dx);
   const StatisticsInUse<W> statistics(channels, k.statistics, k.moving_mean, k.moving_var);
-
-  Affine<W> affine(channels);  // its mean, then what dx needs
-  for (std::size_t c = 0; c < channels; ++c) affine.Set(c, statistics[c].mean, 0.0, 0.0);
-  const W* mean = affine.mean.data();
-  std::vector<double> sum_dy(channels), sum_dy_centred(channels);
-  SumPairs(
-      k.shape,
-      [=](std::size_t i, std::size_t c, double* first, double* second) {
-        *first = static_cast<W>(dy[i]);
-        *second = *first * static_cast<double>(static_cast<W>(x[i]) - mean[c]);
-      },
-      sum_dy.data(), sum_dy_centred.data());
-
-  for (std::size_t c = 0; c < channels; ++c) {
-    const ChannelStatistics s = statistics[c];
-    const double r = 1.0 / std::sqrt(s.var + k.epsilon);
-    const double a = k.fix_gamma ? r : r * gamma[c];
-    const double sum = sum_dy[c];
-    const double centred = sum_dy_centred[c] - Pair<W>(s.mean).low * sum;
-    Assign(k.gamma_request, static_cast<W*>(k.gamma_grad) + c, k.fix_gamma ? 0.0 : centred * r);
-    Assign(k.beta_request, static_cast<W*>(k.beta_grad) + c, sum);
-    if (k.statistics == nullptr) {
-      affine.scale[c] = static_cast<W>(a);
-      continue;
+  const bool alone = k.statistics == nullptr;
+  Tables<W> tables(tiles);
+  if (alone) {  // dx = A * dy
+    ForEachChannel(channels, [&](std::size_t c) {
+      tables.Set(c, 0.0, Coefficients<W>(k, statistics[c], c).a, 0.0);
+    });
+    tables.Spread();
+  }
+  double* sum_dy = Scratch<Use::kChannelSums, double>(2 * channels);
+  double* sum_dy_x = sum_dy + channels;
+  SumTiles(tiles, dy, x, sum_dy, sum_dy_x, channels, [&](const FeatureTile& tile) {
+    if (k.dx_request == Request::kNull) return;
+    if (alone) {
+      Loops<T>().affine(tile, tables.affine(), dy, dx, k.dx_request == Request::kAdd);
+    } else if (dx != dy) {
+      CopyTile(tile, dy, dx);
     }
-    const double per_element = statistics.measured() ? a / statistics.count() : 0.0;
+  });
+
+  const double count = statistics.count();
+  ForEachChannel(channels, [&](std::size_t c) {
+    const ChannelStatistics s = statistics[c];
+    const Coefficients<W> coefficients(k, s, c);
+    const double sum = sum_dy[c];
+    const double centred = sum_dy_x[c] - s.mean * sum;
+    Assign(k.gamma_request, static_cast<W*>(k.gamma_grad) + c,
+           k.fix_gamma ? 0.0 : centred * coefficients.r);
+    Assign(k.beta_request, static_cast<W*>(k.beta_grad) + c, sum);
+    const double per_element = statistics.measured() ? coefficients.a / count : 0.0;
     if (k.statistics_grad != nullptr) {
       k.statistics_grad[c] = -per_element * sum;
-      k.statistics_grad[channels + c] = -per_element * r * r * centred;
+      k.statistics_grad[channels + c] = -per_element * coefficients.r * coefficients.r * centred;
     }
     if (k.coefficients_grad != nullptr) {
-      k.coefficients_grad[c] = a;
+      k.coefficients_grad[c] = coefficients.a;
       k.coefficients_grad[channels + c] = s.mean;
     }
-  }
-  if (k.statistics != nullptr) {
-    if (k.statistics_grad != nullptr) k.statistics_grad[2 * channels] = 0.0;
-    if (k.dx_request != Request::kNull) Copy(k.shape, dy, static_cast<T*>(k.dx));
-    return;
-  }
-  if (k.dx_request == Request::kNull) return;
-  const bool add = k.dx_request == Request::kAdd;
-  T* dx = static_cast<T*>(k.dx);
-  const W* scale = affine.scale.data();
-  ForEachElement(k.shape, [=](std::size_t i, std::size_t c) {
-    Store(add, dx + i, static_cast<W>(dy[i]) * scale[c]);
   });
+  if (k.statistics_grad != nullptr) k.statistics_grad[2 * channels] = 0.0;
 }
 
+// Moves three arrays once: dy and x in, dx out.  dx needs the sums of all devices over dy and x,
+// so it cannot be had in the pass that took them.
 template <typename T>
 void RunTyped(const MomentsBackward& k) {
   using W = Wide<T>;
   if (k.dx_request == Request::kNull) return;
+  const FeatureTiles tiles(k.shape);
   const std::size_t channels = k.shape.channels;
-  std::vector<W> coefficient(channels);
-  Affine<W> affine(channels);
-  for (std::size_t c = 0; c < channels; ++c) {
-    coefficient[c] = static_cast<W>(k.coefficients_grad[c]);
-    affine.Set(c, k.coefficients_grad[channels + c], k.statistics_grad[channels + c],
-               k.statistics_grad[c]);
-  }
-  const bool add = k.dx_request == Request::kAdd;
+  Tables<W> tables(tiles);
+  ForEachChannel(channels, [&](std::size_t c) {
+    tables.Set(c, k.coefficients_grad[channels + c], k.statistics_grad[channels + c],
+               k.statistics_grad[c], k.coefficients_grad[c]);
+  });
+  tables.Spread();
   const T* dy = static_cast<const T*>(k.dy);
   const T* x = static_cast<const T*>(k.x);
   T* dx = static_cast<T*>(k.dx);
-  const W* a = coefficient.data();
-  const W* mean = affine.mean.data();
-  const W* scale = affine.scale.data();
-  const W* shift = affine.shift.data();
-  ForEachElement(k.shape, [=](std::size_t i, std::size_t c) {
-    const W centred = (static_cast<W>(x[i]) - mean[c]) * scale[c] + shift[c];
-    Store(add, dx + i, static_cast<W>(dy[i]) * a[c] + centred);
+  ForEachTileBackwards(tiles, [&](const FeatureTile& tile) {
+    Loops<T>().combine(tile, tables.affine(), tables.factor(), dy, x, dx,
+                       k.dx_request == Request::kAdd);
   });
 }
 

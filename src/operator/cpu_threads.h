@@ -1,0 +1,40 @@
+// How many threads a kernel works with.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+
+namespace gluon_syncbn {
+
+// As many threads as OpenMP offers to the calling thread (MXNet sets that for its workers, and
+// OMP_NUM_THREADS limits it), shared with the kernels that run at the same time: with a context
+// per device, each device's worker calls from a thread of its own and would get them all.
+class ThreadShare {
+ public:
+  ThreadShare() : threads_(std::max(1, omp_get_max_threads() / ++kernels_running_)) {}
+  ~ThreadShare() { --kernels_running_; }
+  ThreadShare(const ThreadShare&) = delete;
+  ThreadShare& operator=(const ThreadShare&) = delete;
+  int threads() const { return threads_; }
+
+ private:
+  static inline std::atomic<int> kernels_running_{0};
+  const int threads_;
+};
+
+// Calls body(0) ... body(count - 1), in no particular order.  One piece of work is not worth
+// waking anybody.
+template <typename Body>
+void ParallelFor(std::size_t count, const Body& body) {
+  if (count == 0) return;
+  if (count == 1) return body(0);
+  const ThreadShare share;
+  // Dynamic: a core that something else keeps busy takes fewer pieces, and nobody waits for it.
+#pragma omp parallel for schedule(dynamic) num_threads(share.threads())
+  for (std::size_t i = 0; i < count; ++i) body(i);
+}
+
+}  // namespace gluon_syncbn
