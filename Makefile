@@ -7,7 +7,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 LIBRARY := python/gluon_syncbn/libgluon_syncbn.so
 SOURCES := CMakeLists.txt $(wildcard src/operator/*)
-CXX_FILES := $(wildcard src/operator/*.h src/operator/*.cc)
+CXX_FILES := $(wildcard src/operator/*.h src/operator/*.inc src/operator/*.cc benchmarks/*.cc)
+BENCH_ARGS ?=
 EXAMPLE_ARGS ?=
 TEST_ARGS ?=
 
@@ -24,6 +25,14 @@ test: lint build  ## check formatting, then run all tests (TEST_ARGS="-k exchang
 
 build: $(LIBRARY)  ## compile the operators
 
+bench: build  ## time it beside MXNet and PyTorch, under five minutes (BENCH_ARGS="--quick")
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build --target kernels_bench
+	$(BIN)/python benchmarks/run.py --library build/libkernels_bench.so $(BENCH_ARGS)
+
+torch:  ## put PyTorch (CPU) into .venv-torch, where `make bench` finds it
+	$(PYTHON) -m venv .venv-torch
+	.venv-torch/bin/python -m pip install --quiet torch==2.13.0 "numpy<2.3"
+
 lint: $(VENV)/ready  ## check formatting and linting of Python and C++
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,7 +46,7 @@ format: $(VENV)/ready  ## format Python and C++
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist out $(LIBRARY) python/*.egg-info
 
-.PHONY: help train test build lint format clean
+.PHONY: help train test build bench torch lint format clean
 
 $(LIBRARY): $(VENV)/ready $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build -G Ninja \

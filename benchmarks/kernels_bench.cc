@@ -29,9 +29,9 @@ BENCH_API void BenchFloor(std::size_t bytes, const void* x, void* y, const void*
 // `which`: 0 all, or 1 to 4 for one of them.
 BENCH_API void BenchKernels(int which, int type, std::size_t outer, std::size_t channels,
                             std::size_t inner, void* x, void* y, void* dy, const void* gamma,
-                            const void* beta, void* moving_mean, void* moving_var,
-                            void* gamma_grad, void* beta_grad, double* statistics,
-                            double* statistics_grad, double* coefficients) {
+                            const void* beta, void* moving_mean, void* moving_var, void* gamma_grad,
+                            void* beta_grad, double* statistics, double* statistics_grad,
+                            double* coefficients) {
   const DataType t = static_cast<DataType>(type);
   const FeatureShape shape{outer, channels, inner};
   const double epsilon = 1e-5, momentum = 0.9;
@@ -46,7 +46,7 @@ BENCH_API void BenchKernels(int which, int type, std::size_t outer, std::size_t 
                                  Request::kWrite, gamma_grad, Request::kWrite, beta_grad});
   }
   if (which == 0 || which == 4) {
-    Run(Cpu(), MomentsBackward{t, shape, dy, x, statistics_grad, coefficients, Request::kWrite,
-                               dy});
+    Run(Cpu(),
+        MomentsBackward{t, shape, dy, x, statistics_grad, coefficients, Request::kWrite, dy});
   }
 }

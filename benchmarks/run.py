@@ -198,7 +198,11 @@ def main():
     parser.add_argument("--out", default="out", help="where the results go")
     parser.add_argument("--quick", action="store_true", help="a quarter of the time, more noise")
     parser.add_argument("--library", required=True, help="the compiled kernels_bench.cc")
-    parser.add_argument("--torch-python", default=sys.executable, help="a Python with PyTorch")
+    parser.add_argument(
+        "--torch-python",
+        default=os.path.join(HERE, "..", ".venv-torch", "bin", "python"),
+        help="a Python with PyTorch, whose NumPy MXNet cannot use (make torch); else this one",
+    )
     arguments = parser.parse_args()
     seconds, rounds = (0.4, 3) if arguments.quick else (1.5, 5)
 
@@ -206,7 +210,8 @@ def main():
     ours, plain = Candidate("ours"), Candidate("mxnet BatchNorm")
     plain_1 = Candidate("mxnet BatchNorm, its default threads", "mxnet BatchNorm", threads=None)
     own = Candidate("mxnet SyncBatchNorm")
-    torch = Candidate("pytorch", python=arguments.torch_python)
+    separate = os.path.exists(arguments.torch_python)
+    torch = Candidate("pytorch", python=arguments.torch_python if separate else sys.executable)
     present = [c for c in (kernels, ours, plain, plain_1, own, torch) if not c.missing]
     if torch.missing:
         print(f"without PyTorch: {torch.missing}")
