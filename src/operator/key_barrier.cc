@@ -50,51 +50,105 @@ KeyBarrier::~KeyBarrier() {
 }
 
 void KeyBarrier::Arrive(Arrival arrival, Completion done) {
-  Round complete{};
-  std::vector<FailedRound> failed;
+  Ended ended;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    const auto aborted = aborted_.find(aborted_.count("") != 0 ? "" : arrival.key);
-    if (!closed_.empty() || aborted != aborted_.end()) {
-      Round refused{0, arrival.num_devices, Clock::now(), {}};
-      refused.present.push_back({std::move(arrival), std::move(done)});
-      ++failures_;
-      failed.push_back({std::move(refused), closed_.empty() ? aborted->second : closed_});
-    } else {
-      const int members = arrival.lane == 0 ? MembersOf(arrival.key) : 0;
-      if (members > 0) arrival.num_devices = members;
-      const Lane lane{arrival.key, arrival.call, arrival.lane};
-      auto& rounds = open_[lane];
-      auto round = std::find_if(rounds.begin(), rounds.end(), [&](const Round& r) {
-        return std::none_of(r.present.begin(), r.present.end(), [&](const Present& p) {
-          return p.arrival.participant == arrival.participant;
-        });
-      });
-      if (round == rounds.end()) {
-        rounds.push_back({next_round_++, arrival.num_devices, Clock::now(), {}});
-        round = std::prev(rounds.end());
-      }
-      const std::string contradiction =
-          round->present.empty()
-              ? std::string()
-              : Contradiction(round->present.front().arrival, round->num_devices, arrival);
-      round->present.push_back({std::move(arrival), std::move(done)});
-      if (!contradiction.empty()) {
-        std::string error = Describe(*round) + contradiction + ".";
-        failed.push_back({std::move(*round), std::move(error)});
-        ++failures_;
-        rounds.erase(round);
-      } else if (static_cast<int>(round->present.size()) >= round->num_devices) {
-        complete = std::move(*round);
-        rounds.erase(round);
-      } else {
-        StartWatch();
-      }
-      if (rounds.empty()) open_.erase(lane);
-    }
+    waiting_.push_back({Clock::now(), {std::move(arrival), std::move(done)}});
+    Advance(&ended);
   }
-  if (!failed.empty()) Fail(std::move(failed), std::chrono::milliseconds(0));
-  if (!complete.present.empty()) Complete(std::move(complete));
+  Tell(std::move(ended));
+}
+
+std::uint64_t KeyBarrier::Reserve(const std::string& key, int call, std::uint64_t participant) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  turns_[{key, call, participant}].insert(next_turn_);
+  return next_turn_++;
+}
+
+void KeyBarrier::Release(const std::string& key, int call, std::uint64_t participant,
+                         std::uint64_t turn) {
+  Ended ended;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    DropTurn({key, call, participant}, turn);
+    Advance(&ended);
+  }
+  Tell(std::move(ended));
+}
+
+// The lock is held.
+void KeyBarrier::DropTurn(const Queue& queue, std::uint64_t turn) {
+  const auto turns = turns_.find(queue);
+  if (turns == turns_.end()) return;
+  turns->second.erase(turn);
+  if (turns->second.empty()) turns_.erase(turns);
+}
+
+bool KeyBarrier::HasTurn(const Arrival& arrival) const {
+  if (arrival.turn == 0) return true;
+  const auto queue = turns_.find({arrival.key, arrival.call, arrival.participant});
+  return queue == turns_.end() || *queue->second.begin() >= arrival.turn;
+}
+
+// Lets everybody join who has the turn, until nobody is left who has.  The lock is held.
+void KeyBarrier::Advance(Ended* ended) {
+  for (;;) {
+    const auto next = std::find_if(waiting_.begin(), waiting_.end(),
+                                   [this](const Waiting& w) { return HasTurn(w.present.arrival); });
+    if (next == waiting_.end()) break;
+    Present present = std::move(next->present);
+    waiting_.erase(next);
+    const Arrival& arrival = present.arrival;
+    DropTurn({arrival.key, arrival.call, arrival.participant}, arrival.turn);
+    Join(std::move(present), ended);
+  }
+  if (!waiting_.empty() || !open_.empty()) StartWatch();
+}
+
+// The lock is held.
+void KeyBarrier::Join(Present present, Ended* ended) {
+  Arrival& arrival = present.arrival;
+  const auto aborted = aborted_.find(aborted_.count("") != 0 ? "" : arrival.key);
+  if (!closed_.empty() || aborted != aborted_.end()) {
+    Round refused{0, arrival.num_devices, Clock::now(), {}};
+    refused.present.push_back(std::move(present));
+    ++failures_;
+    ended->failed.push_back({std::move(refused), closed_.empty() ? aborted->second : closed_});
+    return;
+  }
+  const int members = arrival.lane == 0 ? MembersOf(arrival.key) : 0;
+  if (members > 0) arrival.num_devices = members;
+  const Lane lane{arrival.key, arrival.call, arrival.lane};
+  auto& rounds = open_[lane];
+  auto round = std::find_if(rounds.begin(), rounds.end(), [&](const Round& r) {
+    return std::none_of(r.present.begin(), r.present.end(), [&](const Present& p) {
+      return p.arrival.participant == arrival.participant;
+    });
+  });
+  if (round == rounds.end()) {
+    rounds.push_back({next_round_++, arrival.num_devices, Clock::now(), {}});
+    round = std::prev(rounds.end());
+  }
+  const std::string contradiction =
+      round->present.empty()
+          ? std::string()
+          : Contradiction(round->present.front().arrival, round->num_devices, arrival);
+  round->present.push_back(std::move(present));
+  if (!contradiction.empty()) {
+    std::string error = Describe(round->present.front().arrival) + contradiction + ".";
+    ended->failed.push_back({std::move(*round), std::move(error)});
+    ++failures_;
+    rounds.erase(round);
+  } else if (static_cast<int>(round->present.size()) >= round->num_devices) {
+    ended->complete.push_back(std::move(*round));
+    rounds.erase(round);
+  }
+  if (rounds.empty()) open_.erase(lane);
+}
+
+void KeyBarrier::Tell(Ended ended) {
+  Fail(std::move(ended.failed), std::chrono::milliseconds(0));
+  for (auto& round : ended.complete) Complete(std::move(round));
 }
 
 void KeyBarrier::Complete(Round round) {
@@ -125,15 +179,15 @@ void KeyBarrier::Fail(std::vector<FailedRound> failed, std::chrono::milliseconds
   }
 }
 
-std::string KeyBarrier::Describe(const Round& round) const {
-  const Arrival& first = round.present.front().arrival;
+std::string KeyBarrier::Describe(const Arrival& first) {
   std::ostringstream os;
   os << "KeyBarrierSum: the " << (first.lane == 0 ? "forward" : "backward") << " exchange of key '"
      << first.key << "' failed: ";
   return os.str();
 }
 
-// Takes the open rounds that the predicate picks out of the books.  The lock is held.
+// Takes what the predicate(key, since) picks out of the books: open rounds, and arrivals that wait
+// for their turn.  The lock is held.
 template <typename Predicate>
 std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
                                                             const std::string& why) {
@@ -141,9 +195,9 @@ std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
   for (auto lane = open_.begin(); lane != open_.end();) {
     auto& rounds = lane->second;
     for (auto round = rounds.begin(); round != rounds.end();) {
-      if (predicate(*round)) {
+      if (predicate(round->present.front().arrival.key, round->opened)) {
         std::ostringstream os;
-        os << Describe(*round) << why << " Arrived:";
+        os << Describe(round->present.front().arrival) << why << " Arrived:";
         for (const auto& p : round->present) os << ' ' << p.arrival.name;
         os << "; missing: " << round->num_devices - static_cast<int>(round->present.size())
            << " of " << round->num_devices << ".";
@@ -155,6 +209,22 @@ std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
       }
     }
     lane = rounds.empty() ? open_.erase(lane) : std::next(lane);
+  }
+  for (auto waiting = waiting_.begin(); waiting != waiting_.end();) {
+    if (!predicate(waiting->present.arrival.key, waiting->since)) {
+      ++waiting;
+      continue;
+    }
+    const std::string error = Describe(waiting->present.arrival) + why +
+                              " An earlier call with this key on " + waiting->present.arrival.name +
+                              " has not run yet.";
+    const Arrival& arrival = waiting->present.arrival;
+    DropTurn({arrival.key, arrival.call, arrival.participant}, arrival.turn);
+    Round round{0, waiting->present.arrival.num_devices, waiting->since, {}};
+    round.present.push_back(std::move(waiting->present));
+    taken.push_back({std::move(round), error});
+    ++failures_;
+    waiting = waiting_.erase(waiting);
   }
   return taken;
 }
@@ -187,7 +257,7 @@ void KeyBarrier::Abort(const std::vector<std::string>& keys, const std::string& 
     for (const auto& key : keys) aborted_[key] = why;
     const bool all = aborted_.count("") != 0;
     failed = TakeRounds(
-        [&](const Round& r) { return all || aborted_.count(r.present.front().arrival.key) != 0; },
+        [&](const std::string& key, Clock::time_point) { return all || aborted_.count(key) != 0; },
         why);
   }
   Fail(std::move(failed), std::chrono::milliseconds(10));
@@ -203,7 +273,7 @@ void KeyBarrier::Close(const std::string& why) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (closed_.empty()) closed_ = why;
-    failed = TakeRounds([](const Round&) { return true; }, why + ".");
+    failed = TakeRounds([](const std::string&, Clock::time_point) { return true; }, why + ".");
   }
   Fail(std::move(failed), std::chrono::milliseconds(10));
 }
@@ -256,19 +326,22 @@ void KeyBarrier::Watch() {
         << " s. Check that every device runs this layer equally often in every step and that "
            "num_devices is the number of devices that do; a longer deadline: "
            "GLUON_SYNCBN_TIMEOUT or gluon_syncbn.set_timeout.";
-    std::vector<FailedRound> failed =
-        TakeRounds([&](const Round& r) { return now - r.opened >= timeout_; }, why.str());
+    std::vector<FailedRound> failed = TakeRounds(
+        [&](const std::string&, Clock::time_point since) { return now - since >= timeout_; },
+        why.str());
+    Ended ended;
+    Advance(&ended);  // who waited for the turn of what has just failed
     next_look_ = now + timeout_;
     for (const auto& lane : open_) {
       for (const auto& round : lane.second) {
         next_look_ = std::min(next_look_, round.opened + timeout_);
       }
     }
-    if (!failed.empty()) {
-      lock.unlock();
-      Fail(std::move(failed), std::chrono::milliseconds(10));
-      lock.lock();
-    }
+    for (const auto& w : waiting_) next_look_ = std::min(next_look_, w.since + timeout_);
+    lock.unlock();
+    Fail(std::move(failed), std::chrono::milliseconds(10));
+    Tell(std::move(ended));
+    lock.lock();
   }
 }
 

@@ -13,6 +13,7 @@
 #include <functional>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 #include <thread>
 #include <tuple>
@@ -34,6 +35,9 @@ struct Arrival {
   std::string name;
   int num_devices = 1;
   std::vector<double> values;
+  // From Reserve: the arrival waits for those of its participant that were reserved before it.
+  // 0: it may go at once.
+  std::uint64_t turn = 0;
 };
 
 // What every participant of a round gets.
@@ -62,6 +66,12 @@ class KeyBarrier {
   // An arrival whose length or number of devices contradicts its round fails the round.
   void Arrive(Arrival arrival, Completion done);
 
+  // Takes a turn for a later arrival.  Whoever takes turns in the order of its program meets the
+  // others in that order, though its arrivals may become ready in another one.
+  std::uint64_t Reserve(const std::string& key, int call, std::uint64_t participant);
+  // Gives a turn back that no arrival will use.
+  void Release(const std::string& key, int call, std::uint64_t participant, std::uint64_t turn);
+
   // How many devices come to the forward rounds of this key (the key "" stands for all), whatever
   // the arrivals say; 0 lets the arrivals decide again.  Open rounds keep their own number.
   void SetMembers(const std::string& key, int num_devices);
@@ -86,6 +96,10 @@ class KeyBarrier {
     Arrival arrival;
     Completion done;
   };
+  struct Waiting {
+    Clock::time_point since;
+    Present present;
+  };
   struct Round {
     std::uint64_t id;
     int num_devices;
@@ -96,20 +110,34 @@ class KeyBarrier {
     Round round;
     std::string error;
   };
-  using Lane = std::tuple<std::string, int, std::uint64_t>;
+  using Lane = std::tuple<std::string, int, std::uint64_t>;   // key, call, lane
+  using Queue = std::tuple<std::string, int, std::uint64_t>;  // key, call, participant
+  // What ends while the lock is held, and is told to the participants after that.
+  struct Ended {
+    std::vector<Round> complete;
+    std::vector<FailedRound> failed;
+  };
 
+  bool HasTurn(const Arrival& arrival) const;
+  void DropTurn(const Queue& queue, std::uint64_t turn);
+  void Advance(Ended* ended);
+  void Join(Present present, Ended* ended);
+  static void Tell(Ended ended);
   static void Complete(Round round);
   // `pause`: see the definition.
   static void Fail(std::vector<FailedRound> failed, std::chrono::milliseconds pause);
   int MembersOf(const std::string& key) const;
-  std::string Describe(const Round& round) const;
+  static std::string Describe(const Arrival& first);
   template <typename Predicate>
   std::vector<FailedRound> TakeRounds(Predicate predicate, const std::string& why);
   void StartWatch();
   void Watch();
 
   mutable std::mutex mutex_;
-  std::map<Lane, std::vector<Round>> open_;  // the rounds of a lane, oldest first
+  std::map<Lane, std::vector<Round>> open_;         // the rounds of a lane, oldest first
+  std::map<Queue, std::set<std::uint64_t>> turns_;  // reserved and not yet used
+  std::vector<Waiting> waiting_;                    // for their turn
+  std::uint64_t next_turn_ = 1;
   std::map<std::string, int> members_;
   std::map<std::string, std::string> aborted_;  // key -> why
   std::string closed_;                          // why; empty while open

@@ -26,8 +26,8 @@ struct KeyBarrierSumParam : public dmlc::Parameter<KeyBarrierSumParam> {
   int call;
   DMLC_DECLARE_PARAMETER(KeyBarrierSumParam) {
     DMLC_DECLARE_FIELD(key).describe(
-        "The name under which the devices meet. A key may be under way once per device: use "
-        "another key, or call number, for a sum that does not depend on the one before.");
+        "The name under which the devices meet. Calls on one device must come in the same order "
+        "on every device.");
     DMLC_DECLARE_FIELD(num_devices)
         .set_default(0)
         .set_lower_bound(0)
@@ -106,6 +106,12 @@ class KeyBarrierSumOp : public mxnet::Operator {
         name_(ContextName(context)),
         only_counted_(only_counted) {
     NeedCpu(context);
+    // Created where the program calls it, run when its input is ready: the turn keeps the order of
+    // the program.  A layer's calls are kept in order by the engine, see SyncBNSumProperty.
+    if (!only_counted_) turn_ = ProcessBarrier().Reserve(param_.key, param_.call, participant_);
+  }
+  ~KeyBarrierSumOp() override {
+    if (turn_ != 0) ProcessBarrier().Release(param_.key, param_.call, participant_, turn_);
   }
 
   void Forward(const mxnet::OpContext& ctx, const std::vector<mxnet::TBlob>& in_data,
@@ -120,8 +126,11 @@ class KeyBarrierSumOp : public mxnet::Operator {
     }
     const int num_devices = NumDevices(param_);
     RefuseNaiveEngine(num_devices);
-    Exchange({param_.key, param_.call, 0, participant_, name_, num_devices, std::move(values)}, ctx,
-             req[0], out_data[0]);
+    const std::uint64_t turn = turn_;
+    turn_ = 0;
+    Exchange(
+        {param_.key, param_.call, 0, participant_, name_, num_devices, std::move(values), turn},
+        ctx, req[0], out_data[0]);
   }
 
   void Backward(const mxnet::OpContext& ctx, const std::vector<mxnet::TBlob>& out_grad,
@@ -134,9 +143,9 @@ class KeyBarrierSumOp : public mxnet::Operator {
       ctx.async_on_complete();
       return;
     }
-    Exchange(
-        {param_.key, param_.call, round_, participant_, name_, round_devices_, std::move(values)},
-        ctx, req[0], in_grad[0]);
+    Exchange({param_.key, param_.call, round_, participant_, name_, round_devices_,
+              std::move(values), 0},
+             ctx, req[0], in_grad[0]);
   }
 
  private:
@@ -168,6 +177,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
   // What the last forward was, for its backward: with the devices that took part, and no others.
   // The engine never runs two calls of one operator state at a time.
   bool exchanged_ = true;
+  std::uint64_t turn_ = 0;  // until the first forward has used it
   std::uint64_t round_ = 0;
   int round_devices_ = 0;
 };

@@ -88,7 +88,7 @@ GLUON_SYNCBN_API int GluonSyncBNBarrierArrive(Barrier barrier, const char* key,
                                               int num_devices, const double* values, size_t count,
                                               DoneCallback done, void* data) {
   return Guarded([=] {
-    Get(barrier).Arrive({key, 0, lane, participant, name, num_devices, {values, values + count}},
+    Get(barrier).Arrive({key, 0, lane, participant, name, num_devices, {values, values + count}, 0},
                         [done, data](const gluon_syncbn::Outcome& outcome) {
                           done(data, outcome.total == nullptr ? nullptr : outcome.total->data(),
                                outcome.round, outcome.num_devices, outcome.error.c_str());
