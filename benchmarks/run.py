@@ -293,6 +293,10 @@ def main():
         entries = [(c, case(shape, axis, inference=True)) for c in (ours, plain)]
         times = take_turns(entries, seconds / 2, rounds)
         report.row(named(shape, axis), *times, times[0] / times[1])
+    for shape, axis in MAIN[:2]:
+        entries = [(c, case(shape, axis, convolution=True)) for c in (ours, plain)]
+        times = take_turns(entries, seconds, rounds)
+        report.row(named(shape, axis) + ", with conv and relu", *times, times[0] / times[1])
     for candidate in (floor, kernels, *present):
         candidate.process.stdin.close()
 

@@ -5,8 +5,6 @@
 //
 // Both return at once and complete when the round does.  They run in whichever thread finds them
 // ready, so they must be cheap: they copy a small array into the barrier, and a sum out of it.
-#include <mxnet/c_api.h>
-
 #include <algorithm>
 #include <sstream>
 #include <string>
@@ -51,16 +49,10 @@ std::uint64_t Participant(const mxnet::Context& context) {
          static_cast<std::uint32_t>(context.dev_id);
 }
 
-int VisibleDevices() {
-  int gpus = 0;
-  if (MXGetGPUCount(&gpus) != 0) gpus = 0;  // no driver
-  return std::max(gpus, 1);
-}
-
 int NumDevices(const KeyBarrierSumParam& param) {
   const int members = ProcessBarrier().Members(param.key);
   if (members > 0) return members;
-  return param.num_devices > 0 ? param.num_devices : VisibleDevices();
+  return param.num_devices > 0 ? param.num_devices : std::max(VisibleGpus(), 1);
 }
 
 // NaiveEngine aborts the process when an operator does not complete before it returns.

@@ -120,6 +120,7 @@ class MomentsProperty : public ParameterizedProperty<MomentsProperty, MomentsPar
 
   std::vector<std::pair<int, void*>> ForwardInplaceOption(
       const std::vector<int>& in_data, const std::vector<void*>& out_data) const override {
+    if (!HandInPlace()) return {};
     return {{in_data[0], out_data[kHanded]}};
   }
 

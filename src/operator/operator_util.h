@@ -5,7 +5,9 @@
 #pragma once
 
 #include <dmlc/logging.h>
+#include <dmlc/parameter.h>
 #include <mxnet/base.h>
+#include <mxnet/c_api.h>
 #include <mxnet/op_attr_types.h>
 
 #include <sstream>
@@ -94,6 +96,21 @@ inline void Unify(int* a, int* b, const char* what) {
           " has another dtype than the input needs (float32 parameters beside float16 and float32 "
           "data, float64 beside float64); use cast() on the block.");
   }
+}
+
+inline int VisibleGpus() {
+  int gpus = 0;
+  return MXGetGPUCount(&gpus) == 0 ? gpus : 0;  // fails without a driver
+}
+
+// Whether a graph should give _syncbn_moments its input as its output.  On the CPU, MXNet's
+// convolutions leave their output in a layout of MKL-DNN's own.  An operator from outside gets it
+// copied into the plain layout; one that works in place gets its output copied, too, and back
+// again, which costs more than the copy that being in place saves.
+inline bool HandInPlace() {
+  static const bool in_place =
+      VisibleGpus() > 0 || dmlc::GetEnv("MXNET_MKLDNN_ENABLED", true) == false;
+  return in_place;
 }
 
 inline void NeedCpu(const mxnet::Context& context) {
