@@ -3,7 +3,7 @@
 # `make PYTHON=python3.9 ...`, another MXNet with `make MXNET=mxnet-cu112 ...`.
 PYTHON ?= python3
 MXNET ?= mxnet
-VENV ?= .venv
+VENV ?= .venv$(if $(filter-out mxnet,$(MXNET)),-$(MXNET))
 BIN := $(VENV)/bin
 LIBRARY := python/gluon_syncbn/libgluon_syncbn.so
 SOURCES := CMakeLists.txt $(wildcard src/operator/*)
