@@ -1,5 +1,9 @@
 """The three operators together against NumPy in float64: values, gradients, statistics."""
 
+import os
+import subprocess
+import sys
+
 import mxnet as mx
 import numpy as np
 import pytest
@@ -270,6 +274,39 @@ def test_the_same_bits_on_every_run_in_every_order(rng):
         seen.add(b"".join(a.asnumpy().tobytes() for a in results))
         for means in (layer.means, layer.vars):  # equal on all devices
             assert len({m.asnumpy().tobytes() for m in means}) == 1
+    assert len(seen) == 1
+
+
+THREADS = """
+import hashlib, mxnet as mx, numpy as np
+from mxnet import autograd
+import gluon_syncbn
+digest = hashlib.sha256()
+first, last = ((8, 6, 70, 70), (3000, 65), (40, 64, 7, 7)), ((8, 70, 70, 6),)
+for shape, axis in [(s, 1) for s in first] + [(s, -1) for s in last]:
+    rng = np.random.RandomState(0)
+    x, dy = (mx.nd.array(rng.randn(*shape) + 2) for _ in range(2))
+    layer = gluon_syncbn.SyncBatchNorm(axis=axis)
+    layer.initialize()
+    x.attach_grad()
+    with autograd.record():
+        y = layer(x)
+    y.backward(dy)
+    for a in (y, x.grad, layer.gamma.grad(), layer.beta.grad(), layer.running_var.data()):
+        digest.update(a.asnumpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_the_same_bits_with_any_number_of_threads():
+    seen = set()
+    for threads in ("1", "2", "3"):
+        environment = {**os.environ, "OMP_NUM_THREADS": threads}
+        done = subprocess.run(
+            [sys.executable, "-c", THREADS], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        seen.add(done.stdout)
     assert len(seen) == 1
 
 
