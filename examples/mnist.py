@@ -161,6 +161,7 @@ def main(argv=None):
         print(f"{title}  loss {losses[-1]:.4f}  test accuracy {accuracies[-1]:.2%}", flush=True)
     print(f"trained in {time.time() - start:.1f} s")
 
+    mx.nd.waitall()  # a graph with static_shape writes statistics behind the engine's back
     os.makedirs(arguments.out, exist_ok=True)
     prefix = os.path.join(arguments.out, arguments.dataset)
     net.save_parameters(f"{prefix}.params")
