@@ -5,6 +5,8 @@ import ctypes
 import math
 import os
 
+import mxnet as mx
+
 from .library import LIBRARY, check
 
 TIMEOUT_VARIABLE = "GLUON_SYNCBN_TIMEOUT"
@@ -85,8 +87,18 @@ if TIMEOUT_VARIABLE in os.environ:
     _seconds(os.environ[TIMEOUT_VARIABLE], f"the environment variable {TIMEOUT_VARIABLE}")
 
 BARRIER = KeyBarrier()
-# MXNet waits at exit for what is pending; a device that still waits for others is let go first.
-atexit.register(BARRIER.close, "the process is ending")
+
+
+@atexit.register
+def _end():
+    """Let go who still waits: MXNet waits at exit for what is pending."""
+    failures = BARRIER.failures
+    BARRIER.close("the process is ending")
+    if BARRIER.failures != failures:
+        try:
+            mx.nd.waitall()
+        except mx.MXNetError:
+            pass  # nobody is left to be told
 
 
 def set_timeout(seconds):
