@@ -17,7 +17,6 @@ _thread = threading.local()
 _default = (0, 0)  # (generation, seed)
 _of_context = {}  # (device_typeid, device_id) -> (generation, seed), from seed(n, ctx=...)
 _generations = 0
-_begun = False
 
 
 def _note_seeds():
@@ -55,11 +54,10 @@ _seed_context = _note_seeds()
 
 def begin():
     """Note where the calling thread stands, if nobody has seeded since this package came."""
-    global _begun, _default, _generations
-    if not _begun and not _generations:
+    global _default, _generations
+    if not _generations:
         number = mx.nd.random.randint(0, 2**31 - 1, shape=(1,), dtype="int32").asscalar()
         _generations, _default = 1, (1, int(number))
-    _begun = True
 
 
 def is_device_thread():
