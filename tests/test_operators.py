@@ -55,6 +55,18 @@ class Layer:
         return op._syncbn_normalize(handed, total, coefficients, *parameters, **self.options)
 
 
+class Alone(Layer):
+    """The operator of a device that meets nobody."""
+
+    def __init__(self, devices, *args, **options):
+        assert devices == 1
+        super().__init__(devices, *args, **options)
+
+    def forward(self, i, x):
+        parameters = self.gammas[i], self.betas[i], self.means[i], self.vars[i]
+        return mx.nd._internal._syncbn_batch_norm(x, *parameters, **self.options)
+
+
 def shards_of(rng, shape, sizes, dtype, scale=1.0, offset=0.0):
     """Shards along the first axis as NDArrays on their devices, and dy for each."""
     xs, dys = [], []
@@ -101,8 +113,10 @@ def check(layer, xs, dys, ys, tolerance, axis, fix_gamma=False):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("shape, axis", LAYOUTS)
-@pytest.mark.parametrize("sizes", [[6], [3, 3], [1, 4, 2]])
-def test_against_numpy(dtype, shape, axis, sizes, rng):
+@pytest.mark.parametrize(
+    "kind, sizes", [(Alone, [6]), (Layer, [6]), (Layer, [3, 3]), (Layer, [1, 4, 2])]
+)
+def test_against_numpy(dtype, shape, axis, kind, sizes, rng):
     if axis == 0 and len(sizes) > 1:
         shape = (shape[0], 7)  # the channels lie along the axis that is not split
 
@@ -115,9 +129,7 @@ def test_against_numpy(dtype, shape, axis, sizes, rng):
                 to.append(mx.nd.array(rng.randn(*split(size)), ctx=mx.cpu(i), dtype=dtype))
     else:
         xs, dys = shards_of(rng, shape, sizes, dtype)
-    layer = Layer(
-        len(sizes), shape[axis], "float64" if dtype == "float64" else "float32", axis=axis
-    )
+    layer = kind(len(sizes), shape[axis], "float64" if dtype == "float64" else "float32", axis=axis)
     ys = run(layer, xs, dys)
     assert all(y.dtype == np.dtype(dtype) for y in ys)
     check(layer, xs, dys, ys, TOLERANCE[dtype], axis)
@@ -134,10 +146,18 @@ def test_odd_channel_counts(shape, axis, channels, rng):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_gradients_are_added_where_asked(dtype, rng):
-    xs, dys = shards_of(rng, (4, 5, 3, 3), [3, 1], dtype)
+@pytest.mark.parametrize(
+    "kind, shape, sizes",
+    [
+        (Layer, (4, 5, 3, 3), [3, 1]),
+        (Alone, (4, 5, 3, 3), [4]),
+        (Alone, (2, 33, 70, 70), [2]),  # slice by slice
+    ],
+)
+def test_gradients_are_added_where_asked(kind, shape, sizes, dtype, rng):
+    xs, dys = shards_of(rng, shape, sizes, dtype)
     parameter = "float64" if dtype == "float64" else "float32"
-    once, twice = Layer(2, 5, parameter), Layer(2, 5, parameter, grad_req="add")
+    once, twice = (kind(len(sizes), shape[1], parameter, grad_req=r) for r in ("write", "add"))
     run(once, xs, dys)
     single = numpy_of([x.grad for x in xs])
     for x in xs:
@@ -154,16 +174,17 @@ def test_gradients_are_added_where_asked(dtype, rng):
 
 
 @pytest.mark.parametrize("wanted", ["data", "gamma", "beta"])
-def test_any_one_gradient_alone(wanted, rng):
-    xs, dys = shards_of(rng, (4, 5, 3), [2, 2], "float32")
-    full = Layer(2, 5, "float32")
+@pytest.mark.parametrize("kind, sizes", [(Layer, [2, 2]), (Alone, [4])])
+def test_any_one_gradient_alone(kind, sizes, wanted, rng):
+    xs, dys = shards_of(rng, (4, 5, 3), sizes, "float32")
+    full = kind(len(sizes), 5, "float32")
     run(full, xs, dys)
     want = {
         "data": numpy_of([x.grad for x in xs]),
         "gamma": numpy_of([g.grad for g in full.gammas]),
         "beta": numpy_of([b.grad for b in full.betas]),
     }[wanted]
-    layer = Layer(2, 5, "float32", grad_req="null")
+    layer = kind(len(sizes), 5, "float32", grad_req="null")
     for x in xs:
         x.attach_grad("null")
     arrays = {"data": xs, "gamma": layer.gammas, "beta": layer.betas}[wanted]
@@ -197,8 +218,8 @@ def test_moving_statistics_are_used_and_nobody_waits(how, dtype, rng):
             "moving_mean": layer.means[0],
             "moving_var": layer.vars[0],
         }
-        layer.forward = lambda i, x: mx.nd._internal._syncbn_normalize(
-            data=x, use_global_stats=True, **parameters, **layer.options
+        layer.forward = lambda i, x: mx.nd._internal._syncbn_batch_norm(
+            data=x, use_global_stats=how == "use_global_stats", **parameters, **layer.options
         )
     train = how == "use_global_stats"
     x.attach_grad()
@@ -214,17 +235,29 @@ def test_moving_statistics_are_used_and_nobody_waits(how, dtype, rng):
     assert largest_error(layer.betas[0].grad.asnumpy(), want.dbeta[0]) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("fix_gamma", [False, True])
+@pytest.mark.parametrize("shape", [(5, 41, 60, 60), (3, 131, 40, 31)])
+def test_alone_slice_by_slice(dtype, fix_gamma, shape, rng):
+    """Large feature maps, of which a device alone finishes some channels before the next."""
+    xs, dys = shards_of(rng, shape, [shape[0]], dtype)
+    parameter = "float64" if dtype == "float64" else "float32"
+    layer = Alone(1, shape[1], parameter, fix_gamma=fix_gamma)
+    check(layer, xs, dys, run(layer, xs, dys), TOLERANCE[dtype], 1, fix_gamma)
+
+
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("offset", [1e4, -1e4])
-def test_a_large_offset_costs_nothing(axis, offset, rng):
+@pytest.mark.parametrize("kind, sizes", [(Layer, [9, 7]), (Alone, [16])])
+def test_a_large_offset_costs_nothing(axis, offset, kind, sizes, rng):
     """float32 data 1e4 standard deviations from zero, against float64 on the same numbers."""
     shape = (16, 4, 40, 40) if axis == 1 else (16, 40, 40, 4)
-    xs, dys = shards_of(rng, shape, [9, 7], "float32", offset=offset)
+    xs, dys = shards_of(rng, shape, sizes, "float32", offset=offset)
     dys = [dy + 3 for dy in dys]  # so that an error in the mean shows in the sum over dy (x - mean)
-    layer = Layer(2, 4, "float32", axis=axis)
+    layer = kind(len(sizes), 4, "float32", axis=axis)
     ys = run(layer, xs, dys)
     want = batch_norm(numpy_of(xs), numpy_of(dys), layer.gamma, layer.beta, axis)
-    for i in range(2):
+    for i in range(len(sizes)):
         assert largest_error(ys[i].asnumpy(), want.y[i]) < TOLERANCE["float32"]
         assert largest_error(xs[i].grad.asnumpy(), want.dx[i]) < TOLERANCE["float32"]
 
@@ -278,15 +311,16 @@ def test_the_same_bits_on_every_run_in_every_order(rng):
 
 
 THREADS = """
-import hashlib, mxnet as mx, numpy as np
+import hashlib, itertools, mxnet as mx, numpy as np
 from mxnet import autograd
 import gluon_syncbn
 digest = hashlib.sha256()
-first, last = ((8, 6, 70, 70), (3000, 65), (40, 64, 7, 7)), ((8, 70, 70, 6),)
-for shape, axis in [(s, 1) for s in first] + [(s, -1) for s in last]:
+first, last = ((8, 6, 70, 70), (3000, 65), (40, 64, 7, 7), (5, 41, 60, 60)), ((8, 70, 70, 6),)
+layouts = [(s, 1) for s in first] + [(s, -1) for s in last]
+for (shape, axis), devices in itertools.product(layouts, (None, 1)):
     rng = np.random.RandomState(0)
     x, dy = (mx.nd.array(rng.randn(*shape) + 2) for _ in range(2))
-    layer = gluon_syncbn.SyncBatchNorm(axis=axis)
+    layer = gluon_syncbn.SyncBatchNorm(axis=axis, num_devices=devices)
     layer.initialize()
     x.attach_grad()
     with autograd.record():

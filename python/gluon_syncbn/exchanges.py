@@ -49,7 +49,6 @@ def _read_symbol(block):
                 n
                 for n in nodes
                 if n["op"] == "_syncbn_normalize"
-                and len(n["inputs"]) > 6  # not one that stands alone
                 and nodes[n["inputs"][5][0]]["name"] == mean
             )
             variance = nodes[next(users)["inputs"][6][0]]["name"]

@@ -20,6 +20,7 @@ OPERATORS = {
     "_syncbn_moments": ("_internal", "_syncbn_moments"),
     "_syncbn_sum": ("_internal", "_syncbn_sum"),
     "_syncbn_normalize": ("_internal", "_syncbn_normalize"),
+    "_syncbn_batch_norm": ("_internal", "_syncbn_batch_norm"),
 }
 
 # done(data, total, round, num_devices, error); see src/operator/library.cc

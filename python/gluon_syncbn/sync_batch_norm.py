@@ -157,18 +157,16 @@ default 'zeros' and 'ones'
 
     def hybrid_forward(self, F, x, gamma, beta, running_mean, running_var):
         options = {k: self._kwargs[k] for k in ("axis", "eps", "momentum", "fix_gamma")}
-        normalize = F._internal._syncbn_normalize
+        own = self._kwargs["use_global_stats"]
         # A graph learns only when it runs whether it is in training; a call of ours knows now.
-        if self._kwargs["use_global_stats"] or (
-            isinstance(x, NDArray) and not autograd.is_training()
-        ):
-            return normalize(
-                data=x,
-                gamma=gamma,
-                beta=beta,
-                moving_mean=running_mean,
-                moving_var=running_var,
-                use_global_stats=True,
+        if own or self.num_devices == 1 or isinstance(x, NDArray) and not autograd.is_training():
+            return F._internal._syncbn_batch_norm(
+                x,
+                gamma,
+                beta,
+                running_mean,
+                running_var,
+                use_global_stats=own,
                 name="fwd",
                 **options,
             )
@@ -188,7 +186,7 @@ default 'zeros' and 'ones'
             call=call,
             name="sum",
         )
-        return normalize(
+        return F._internal._syncbn_normalize(
             handed,
             total,
             coefficients,

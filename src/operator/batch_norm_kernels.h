@@ -31,7 +31,10 @@ struct FeatureShape {
   std::size_t outer = 0;
   std::size_t channels = 0;
   std::size_t inner = 0;
+  // Elements from one outer index to the next; 0: they follow each other.
+  std::size_t stride = 0;
   std::size_t count() const { return outer * inner; }  // elements per channel
+  std::size_t outer_stride() const { return stride == 0 ? channels * inner : stride; }
 };
 
 struct Cpu {};
@@ -47,7 +50,7 @@ struct MomentsForward {
   DataType type;
   FeatureShape shape;
   const void* x;
-  void* copy;  // x handed through; may be x itself, then nothing is written
+  void* copy;  // x handed through; x itself or null: nothing is written
   double* statistics;
 };
 
@@ -106,9 +109,51 @@ struct MomentsBackward {
   void* dx;  // may be dy itself
 };
 
+// Both forward kernels, for a device that has nobody to wait for between them.
+struct BatchNormForward {
+  DataType type;
+  FeatureShape shape;
+  double epsilon;
+  double momentum;
+  bool fix_gamma;
+  const void* x;
+  const void* gamma;
+  const void* beta;
+  void* moving_mean;
+  void* moving_var;
+  Request y_request;
+  void* y;
+  double* statistics;  // of LocalStatisticsSize, for the backward pass; null: the moving statistics
+};
+
+// Both backward kernels, likewise.
+struct BatchNormBackward {
+  DataType type;
+  FeatureShape shape;
+  double epsilon;
+  bool fix_gamma;
+  const void* dy;
+  const void* x;
+  const double* statistics;  // what BatchNormForward left
+  const void* gamma;
+  const void* moving_mean;
+  const void* moving_var;
+  Request dx_request;
+  void* dx;  // may be dy itself
+  Request gamma_request;
+  void* gamma_grad;
+  Request beta_request;
+  void* beta_grad;
+};
+
+// In an order of the device's own.
+inline std::size_t LocalStatisticsSize(std::size_t channels) { return 3 * channels; }
+
 void Run(Cpu, const MomentsForward& kernel);
 void Run(Cpu, const NormalizeForward& kernel);
 void Run(Cpu, const NormalizeBackward& kernel);
 void Run(Cpu, const MomentsBackward& kernel);
+void Run(Cpu, const BatchNormForward& kernel);
+void Run(Cpu, const BatchNormBackward& kernel);
 
 }  // namespace gluon_syncbn

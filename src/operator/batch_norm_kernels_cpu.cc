@@ -207,7 +207,7 @@ void RunTyped(const MomentsForward& k) {
   T* copy = static_cast<T*>(k.copy);
   SumTiles(tiles, x, x, k.statistics, k.statistics + channels, channels,
            [=](const FeatureTile& tile) {
-             if (copy != x) CopyTile(tile, x, copy);
+             if (copy != nullptr && copy != x) CopyTile(tile, x, copy);
            });
   k.statistics[2 * channels] = static_cast<double>(k.shape.count());
 }

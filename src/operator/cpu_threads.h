@@ -26,11 +26,14 @@ class ThreadShare {
 };
 
 // Calls body(0) ... body(count - 1), in no particular order.  One piece of work is not worth
-// waking anybody.
+// waking anybody; within a piece of work of another call, all the work is the caller's.
 template <typename Body>
 void ParallelFor(std::size_t count, const Body& body) {
   if (count == 0) return;
-  if (count == 1) return body(0);
+  if (count == 1 || omp_in_parallel()) {
+    for (std::size_t i = 0; i < count; ++i) body(i);
+    return;
+  }
   const ThreadShare share;
   // Dynamic: a core that something else keeps busy takes fewer pieces, and nobody waits for it.
 #pragma omp parallel for schedule(dynamic) num_threads(share.threads())

@@ -23,16 +23,19 @@ class FeatureTiles {
     const std::size_t row = s.channels * s.inner;
     if (s.outer * row == 0) return;
     if (s.inner == 1 || (s.inner < kShortCell && s.outer >= kManyRows)) {
-      const std::size_t joined = std::min(s.outer, 1 + (kJoinedRow - 1) / row);
+      const bool apart = s.outer_stride() != row;
+      const std::size_t joined = apart ? 1 : std::min(s.outer, 1 + (kJoinedRow - 1) / row);
       repeat_ = s.inner;
       rows_ = s.outer / joined;
       columns_ = joined * row;
       cell_ = 1;
       rest_ = s.outer % joined * row;
+      stride_ = joined * s.outer_stride();
     } else {
       rows_ = s.outer;
       columns_ = s.channels;
       cell_ = s.inner;
+      stride_ = s.outer_stride();
     }
     tile_cell_ = std::min(cell_, kTileElements);
     tile_columns_ = std::min(columns_, std::max<std::size_t>(1, TileRun() / tile_cell_));
@@ -54,7 +57,7 @@ class FeatureTiles {
     const std::size_t row = std::min(index / PerRow() * tile_rows_, rows_);
     const std::size_t row_columns = row < rows_ ? columns_ : std::max(rest_, column);
     FeatureTile tile;
-    tile.stride = columns_ * cell_;
+    tile.stride = stride_;
     tile.offset = row * tile.stride + column * cell_ + in_cell;
     tile.rows = std::min(tile_rows_, std::max<std::size_t>(1, rows_ - row));
     tile.first_column = column;
@@ -91,7 +94,7 @@ class FeatureTiles {
 
   std::size_t channels_;
   std::size_t repeat_ = 1;  // columns of a channel beside each other
-  std::size_t rows_ = 0, columns_ = 0, cell_ = 0;
+  std::size_t rows_ = 0, columns_ = 0, cell_ = 0, stride_ = 0;
   std::size_t rest_ = 0;  // columns in a last row that is not full
   std::size_t tile_rows_ = 0, tile_columns_ = 0, tile_cell_ = 0;
 };

@@ -6,8 +6,12 @@
 // Both return at once and complete when the round does.  They run in whichever thread finds them
 // ready, so they must be cheap: they copy a small array into the barrier, and a sum out of it.
 #include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <memory>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -89,6 +93,17 @@ std::vector<double> Read(const mxnet::TBlob& from) {
   return std::vector<double>(values, values + from.Size());
 }
 
+// Stays a moment where the others are about to come: a worker that goes to sleep and is woken again
+// takes longer than most rounds.  Nobody depends on it, so nothing can deadlock.
+void LingerFor(const std::atomic<bool>& met, int num_devices) {
+  static const int cores = static_cast<int>(std::thread::hardware_concurrency());
+  if (num_devices > cores) return;  // the others need this core
+  const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+  while (!met.load(std::memory_order_acquire) && std::chrono::steady_clock::now() < end) {
+    std::this_thread::yield();
+  }
+}
+
 // `only_counted`: sum only vectors that end in a count above 0, as SyncBatchNorm's statistics do.
 class KeyBarrierSumOp : public mxnet::Operator {
  public:
@@ -146,8 +161,10 @@ class KeyBarrierSumOp : public mxnet::Operator {
                 const mxnet::TBlob& to) {
     const bool forward = arrival.lane == 0;
     const auto on_complete = ctx.async_on_complete;
+    const int num_devices = arrival.num_devices;
+    const auto met = std::make_shared<std::atomic<bool>>(false);
     ProcessBarrier().Arrive(std::move(arrival),
-                            [this, forward, on_complete, req, to](const Outcome& outcome) {
+                            [this, forward, on_complete, req, to, met](const Outcome& outcome) {
                               if (outcome.total == nullptr) {
                                 const dmlc::Error error(outcome.error);
                                 on_complete(&error);
@@ -159,7 +176,9 @@ class KeyBarrierSumOp : public mxnet::Operator {
                               }
                               Write(req, *outcome.total, to);
                               on_complete();
+                              met->store(true, std::memory_order_release);
                             });
+    LingerFor(*met, num_devices);
   }
 
   const KeyBarrierSumParam param_;

@@ -92,10 +92,7 @@ class MomentsProperty : public ParameterizedProperty<MomentsProperty, MomentsPar
       out->at(kCoefficients) = VectorShape(CoefficientsSize(c));
     }
     if (!mxnet::shape_is_known(data)) return false;
-    if (data.Size() == 0) {
-      Raise("SyncBatchNorm: the input is empty, of shape ", data,
-            "; leave a device without data out of ModelDataParallel's list of inputs.");
-    }
+    if (data.Size() == 0) RaiseEmpty(data);
     return true;
   }
 

@@ -63,6 +63,11 @@ inline int ChannelAxis(int axis, int ndim) {
   return axis < 0 ? axis + ndim : axis;
 }
 
+[[noreturn]] inline void RaiseEmpty(const mxnet::TShape& shape) {
+  Raise("SyncBatchNorm: the input is empty, of shape ", shape,
+        "; leave a device without data out of ModelDataParallel's list of inputs.");
+}
+
 inline FeatureShape ToFeatureShape(const mxnet::TShape& shape, int axis) {
   const int channel_axis = ChannelAxis(axis, shape.ndim());
   FeatureShape s{1, static_cast<std::size_t>(shape[channel_axis]), 1};

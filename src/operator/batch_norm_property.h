@@ -1,0 +1,73 @@
+// What MXNet asks of both operators that normalize: _syncbn_normalize and _syncbn_batch_norm.
+//
+// Their first argument is data, their last two are gamma and beta, and their auxiliary states are
+// the moving statistics.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "operator_property.h"
+#include "operator_util.h"
+
+namespace gluon_syncbn {
+
+enum MovingStatistics { kMovingMean, kMovingVar };
+
+// `Param` has an axis.
+template <typename Self, typename Param>
+class BatchNormProperty : public ParameterizedProperty<Self, Param> {
+ public:
+  std::vector<std::string> ListAuxiliaryStates() const override {
+    return {"moving_mean", "moving_var"};
+  }
+
+  bool InferShape(mxnet::ShapeVector* in, mxnet::ShapeVector* out,
+                  mxnet::ShapeVector* aux) const override {
+    out->resize(1);
+    aux->resize(2);
+    mxnet::TShape& data = in->front();
+    Unify(&data, &out->at(0), "data");
+    if (!mxnet::ndim_is_known(data)) return false;
+    const auto channels = data[ChannelAxis(this->param_.axis, data.ndim())];
+    if (!mxnet::dim_size_is_known(channels)) return false;
+    mxnet::TShape per_channel(1, channels);
+    Unify(&per_channel, &in->at(in->size() - 2), "gamma");
+    Unify(&per_channel, &in->back(), "beta");
+    Unify(&per_channel, &aux->at(kMovingMean), "moving_mean");
+    Unify(&per_channel, &aux->at(kMovingVar), "moving_var");
+    return mxnet::shape_is_known(data);
+  }
+
+  bool InferType(std::vector<int>* in, std::vector<int>* out,
+                 std::vector<int>* aux) const override {
+    out->resize(1, -1);
+    aux->resize(2, -1);
+    int& data = in->front();
+    Unify(&data, &out->at(0), "data");
+    if (data == -1) return false;
+    int parameter = ParameterType(data);
+    Unify(&parameter, &in->at(in->size() - 2), "gamma");
+    Unify(&parameter, &in->back(), "beta");
+    Unify(&parameter, &aux->at(kMovingMean), "moving_mean");
+    Unify(&parameter, &aux->at(kMovingVar), "moving_var");
+    return true;
+  }
+
+  std::vector<std::pair<int, void*>> ForwardInplaceOption(
+      const std::vector<int>& in_data, const std::vector<void*>& out_data) const override {
+    return {{in_data[0], out_data[0]}};
+  }
+
+  // dy becomes the gradient of data.  MXNet 1.9.1 gives the first of several arguments the number
+  // of the last, and all others 0 (OpBackInplaceOption in src/nnvm/legacy_op_util.cc), so the
+  // gradient that it takes for argument 0 is the second here.
+  std::vector<std::pair<int, void*>> BackwardInplaceOption(
+      const std::vector<int>& out_grad, const std::vector<int>&, const std::vector<int>&,
+      const std::vector<void*>& in_grad) const override {
+    return {{out_grad[0], in_grad[1]}};
+  }
+};
+
+}  // namespace gluon_syncbn
