@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "batch_norm_property.h"
+#include "huge_pages.h"
 
 namespace gluon_syncbn {
 namespace {
@@ -57,6 +58,7 @@ class BatchNormOp : public mxnet::Operator {
     k.moving_var = aux[kMovingVar].dptr_;
     k.y_request = ToRequest(req[0]);
     k.y = out_data[0].dptr_;
+    PreferHugePages(out_data[0]);
     const bool measure = ctx.is_train && !param_.use_global_stats;
     if (measure && x.Size() == 0) RaiseEmpty(x.shape_);
     statistics_.resize(measure ? LocalStatisticsSize(k.shape.channels) : 0);
@@ -82,6 +84,7 @@ class BatchNormOp : public mxnet::Operator {
     k.moving_var = aux[kMovingVar].dptr_;
     k.dx_request = ToRequest(req[kData]);
     k.dx = in_grad[kData].dptr_;
+    PreferHugePages(in_grad[kData]);
     k.gamma_request = ToRequest(req[kGamma]);
     k.gamma_grad = in_grad[kGamma].dptr_;
     k.beta_request = ToRequest(req[kBeta]);

@@ -11,6 +11,7 @@
 
 #include "batch_norm_kernels.h"
 #include "cpu_threads.h"
+#include "feature_tiles.h"
 
 namespace gluon_syncbn {
 namespace {
@@ -35,6 +36,7 @@ class Slices {
     // Channels last, a slice of a row would be less than a page of memory wide: too little.
     if (shape.inner < kShortestRun || shape.count() == 0) return;
     const std::size_t channel_bytes = shape.count() * SizeOf(type);
+    if (channel_bytes * shape.channels < kBeyondCaches) return;  // all of it is in a cache
     const std::size_t channels = std::max<std::size_t>(1, kSliceBytes / channel_bytes);
     if (shape.channels / channels >= kFewest) channels_ = channels;
   }

@@ -17,6 +17,9 @@
 
 namespace gluon_syncbn {
 
+// Feature maps of more bytes than this are taken not to stay in a cache from pass to pass.
+constexpr std::size_t kBeyondCaches = 16 << 20;
+
 class FeatureTiles {
  public:
   explicit FeatureTiles(const FeatureShape& s) : channels_(s.channels) {

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "huge_pages.h"
 #include "operator_property.h"
 #include "operator_util.h"
 
@@ -37,6 +38,7 @@ class MomentsOp : public mxnet::Operator {
                const std::vector<mxnet::TBlob>&) override {
     const mxnet::TBlob& x = in_data[0];
     void* copy = req[kHanded] == mxnet::kNullOp ? x.dptr_ : out_data[kHanded].dptr_;
+    PreferHugePages(out_data[kHanded]);
     double* statistics = out_data[kStatistics].dptr<double>();
     std::fill_n(out_data[kCoefficients].dptr<double>(), out_data[kCoefficients].Size(), 0.0);
     if (ctx.is_train) {
@@ -57,6 +59,7 @@ class MomentsOp : public mxnet::Operator {
                 const std::vector<mxnet::OpReqType>& req, const std::vector<mxnet::TBlob>& in_grad,
                 const std::vector<mxnet::TBlob>&) override {
     const mxnet::TBlob& x = out_data[kHanded];
+    PreferHugePages(in_grad[0]);
     Run(Cpu(), MomentsBackward{
                    ToDataType(x.type_flag_), ToFeatureShape(x.shape_, param_.axis),
                    out_grad[kHanded].dptr_, x.dptr_, out_grad[kStatistics].dptr<double>(),

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "batch_norm_property.h"
+#include "huge_pages.h"
 
 namespace gluon_syncbn {
 namespace {
@@ -51,6 +52,7 @@ class NormalizeOp : public mxnet::Operator {
     k.moving_var = aux[kMovingVar].dptr_;
     k.y_request = ToRequest(req[0]);
     k.y = out_data[0].dptr_;
+    PreferHugePages(out_data[0]);
     Run(Cpu(), k);
   }
 
@@ -72,6 +74,7 @@ class NormalizeOp : public mxnet::Operator {
     k.moving_var = aux[kMovingVar].dptr_;
     k.dx_request = ToRequest(req[kData]);
     k.dx = in_grad[kData].dptr_;
+    PreferHugePages(in_grad[kData]);
     // What _syncbn_moments gets back has one consumer, so nothing is ever added to it.
     if (k.dx_request == Request::kAdd) Raise("_syncbn_normalize: its data have one consumer.");
     k.statistics_grad = Plain(req[kStatistics], in_grad[kStatistics]);
