@@ -66,28 +66,5 @@ inline Float16 ToFloat16(float value) {
 
 #endif
 
-// The instructions do eight at a time; what is left, or all without them, goes one by one.
-inline void ConvertRun(const Float16* from, float* to, std::size_t n) {
-  std::size_t i = 0;
-#ifdef __F16C__
-  for (; i + 8 <= n; i += 8) {
-    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
-  }
-#endif
-  for (; i < n; ++i) to[i] = ToFloat(from[i]);
-}
-
-inline void ConvertRun(const float* from, Float16* to, std::size_t n) {
-  std::size_t i = 0;
-#ifdef __F16C__
-  for (; i + 8 <= n; i += 8) {
-    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), half);
-  }
-#endif
-  for (; i < n; ++i) to[i] = ToFloat16(from[i]);
-}
-
 }  // namespace
 }  // namespace gluon_syncbn
