@@ -43,6 +43,8 @@ ODD = [
     ((4096, 256), 1),
     ((4096, 65), 1),
 ]
+CHANNELS = [(16, c, 28, 28) for c in (16, 64, 256, 1024)]
+SPATIAL = [(16, 64, s, s) for s in (7, 14, 28, 56, 112)]
 SMALL = [((2, 16, 4, 4), 1), ((8, 64), 1), ((4, 64, 8, 8), 1)]
 TOLERANCE = {"float16": 2e-3, "float32": 1e-4, "float64": 1e-10}
 
@@ -204,15 +206,16 @@ def main():
         help="a Python with PyTorch, whose NumPy MXNet cannot use (make torch); else this one",
     )
     arguments = parser.parse_args()
-    seconds, rounds = (0.4, 3) if arguments.quick else (1.5, 5)
+    seconds, rounds = (0.4, 3) if arguments.quick else (1.1, 5)
 
     floor, kernels = (Candidate(n, library=arguments.library) for n in ("floor", "kernels"))
     ours, plain = Candidate("ours"), Candidate("mxnet BatchNorm")
+    exchanging = Candidate("ours, exchanging")
     plain_1 = Candidate("mxnet BatchNorm, its default threads", "mxnet BatchNorm", threads=None)
     own = Candidate("mxnet SyncBatchNorm")
     separate = os.path.exists(arguments.torch_python)
     torch = Candidate("pytorch", python=arguments.torch_python if separate else sys.executable)
-    present = [c for c in (kernels, ours, plain, plain_1, own, torch) if not c.missing]
+    present = [c for c in (kernels, ours, exchanging, plain, plain_1, own, torch) if not c.missing]
     if torch.missing:
         print(f"without PyTorch: {torch.missing}")
     about = (
@@ -235,7 +238,8 @@ def main():
     report.table(
         "Forward and backward, float32",
         ["shape", "floor (ms)", *[c.label for c in present]],
-        "Multiples of the floor.",
+        "Multiples of the floor. Ours is one device alone (num_devices=1); exchanging, the same "
+        "layer with the operators of several devices.",
     )
     for shape, axis in MAIN:
         entries = [(c, case(shape, axis)) for c in (floor, *present)]
@@ -283,6 +287,17 @@ def main():
         low, *times = take_turns(entries, seconds / 2, rounds)
         report.row(named(shape, axis), low, *[t / low for t in times])
 
+    report.table(
+        "How the cost grows",
+        ["shape", "floor (ms)", "kernels", "ours", "ours (ns per element)"],
+        "With channels, then with spatial size; multiples of the floor.",
+    )
+    for shape in CHANNELS + SPATIAL:
+        entries = [(c, case(shape)) for c in (floor, kernels, ours)]
+        low, *times = take_turns(entries, seconds / 3, rounds)
+        per_element = 1e6 * times[1] / np.prod(shape)
+        report.row(named(shape), low, *[t / low for t in times], per_element)
+
     report.table("The fixed cost of a layer", ["shape", "ours (µs)", "nn.BatchNorm (µs)", "ratio"])
     for shape, axis in SMALL:
         times = take_turns([(c, case(shape, axis)) for c in (ours, plain)], seconds / 2, rounds)
@@ -302,17 +317,23 @@ def main():
 
     synchronized = Candidate("synchronized", threads=1)
     layers = 20
+    hows = "meeting", "each for itself", "num_devices=1"
     report.table(
         "What meeting costs",
-        ["devices", "with (ms)", "without (ms)", "µs per layer and direction"],
-        f"{layers} layers of ours on 2×64×4×4, the same threads and graphs with and without "
-        "the exchange.",
+        [
+            "devices",
+            *[f"{h} (ms)" for h in hows],
+            "µs over the same graph",
+            "µs over num_devices=1",
+        ],
+        f"{layers} layers of ours on 2×64×4×4; µs per layer and direction. Each for itself: the "
+        "same threads and operators, without waiting for the others.",
     )
     for devices in (2, 4, 8, 16):
         one = case((2, 64, 4, 4), devices=devices, layers=layers)
-        entries = [(synchronized, {**one, "exchange": e}) for e in (True, False)]
-        meet, alone = take_turns(entries, seconds, rounds)
-        report.row(str(devices), meet, alone, 1e3 * (meet - alone) / layers / 2)
+        times = take_turns([(synchronized, {**one, "how": h}) for h in hows], seconds, rounds)
+        over = [1e3 * (times[0] - t) / layers / 2 for t in times[1:]]
+        report.row(str(devices), *times, *over)
     synchronized.process.stdin.close()
 
     network = Candidate("network", threads=1)

@@ -102,10 +102,12 @@ class Mxnet:
 
     def layer(self, case):
         mx = self.mx
-        if self.name == "ours":
+        if self.name.startswith("ours"):
             from gluon_syncbn import SyncBatchNorm
 
-            return SyncBatchNorm(num_devices=1, axis=case["axis"])
+            # None: the operators of several devices, which here is one.
+            devices = 1 if self.name == "ours" else None
+            return SyncBatchNorm(num_devices=devices, axis=case["axis"])
         if self.name == "mxnet SyncBatchNorm":
             if case["axis"] != 1 or case["dtype"] != "float32":
                 return None
@@ -207,7 +209,7 @@ class Torch:
 
 
 class Synchronized:
-    """Layers of ours on several CPU contexts, one thread each, with and without the exchange."""
+    """Layers of ours on several CPU contexts, one thread each, meeting or each for itself."""
 
     def __init__(self):
         import mxnet as mx
@@ -228,9 +230,13 @@ class Synchronized:
         for x in xs:
             x.attach_grad()
         model = ModelDataParallel(net, contexts)
-        if not case["exchange"]:
-            # num_devices=1 for the operators: the same threads and graphs, no meeting.
+        if case["how"] != "meeting":
+            # The same threads and graphs, but for the operators there is one device.
             model._enter_mode = lambda keys, n: None
+        if case["how"] == "num_devices=1":
+            for layer in net:
+                layer._kwargs["num_devices"] = 1
+            model._exchanges = list  # ModelDataParallel would refuse such layers
 
         def step():
             with mx.autograd.record():
@@ -299,6 +305,7 @@ CANDIDATES = {
     "floor": Floor,
     "kernels": Kernels,
     "ours": lambda: Mxnet("ours"),
+    "ours, exchanging": lambda: Mxnet("ours, exchanging"),
     "mxnet BatchNorm": lambda: Mxnet("mxnet BatchNorm"),
     "mxnet SyncBatchNorm": lambda: Mxnet("mxnet SyncBatchNorm"),
     "pytorch": Torch,
