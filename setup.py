@@ -57,6 +57,7 @@ setup(
     install_requires=["numpy<1.24", *mxnet_to_require()],
     extras_require={
         "example": ["matplotlib", "scikit-learn", "tqdm"],
+        "onnx": ["onnx==1.16.2", "onnxruntime==1.19.2", "protobuf<5"],
         "test": ["pytest", "ruff==0.8.4", "clang-format==18.1.8"],
     },
     zip_safe=False,

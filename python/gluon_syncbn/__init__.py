@@ -5,7 +5,10 @@ from .compatibility import check_environment
 check_environment()
 
 # What MXNet 1.9.1 is right beside must be checked before these import it.
+from .conversion import convert_symbol, convert_sync_batchnorm, revert_batchnorm  # noqa: E402
 from .data_parallel_criterion import DataParallelCriterion  # noqa: E402
+from .graph_conversion import ConversionError  # noqa: E402
+from .inference_export import export_for_inference  # noqa: E402
 from .key_barrier import get_timeout, set_timeout  # noqa: E402
 from .model_data_parallel import ModelDataParallel  # noqa: E402
 from .parallel_backward import parallel_backward  # noqa: E402
@@ -15,10 +18,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchNorm",
+    "ConversionError",
     "DataParallelCriterion",
     "ModelDataParallel",
     "SyncBatchNorm",
+    "convert_symbol",
+    "convert_sync_batchnorm",
+    "export_for_inference",
     "get_timeout",
     "parallel_backward",
+    "revert_batchnorm",
     "set_timeout",
 ]

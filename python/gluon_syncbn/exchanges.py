@@ -1,21 +1,18 @@
 """Which exchanges a network takes part in: its layers of ours, and those in its graphs."""
 
-import itertools
-import json
-import re
 import weakref
 from collections import namedtuple
 
-from mxnet import symbol
 from mxnet.gluon import SymbolBlock
 
+from .graph import Graph
+from .graph_conversion import EXCHANGES, unique_keys
 from .sync_batch_norm import SyncBatchNorm
 
 # `statistics`: the moving mean's and variance's Parameter, or () for a bare KeyBarrierSum.
 Exchange = namedtuple("Exchange", "name key num_devices statistics")
 
 _loaded = weakref.WeakKeyDictionary()  # SymbolBlock -> its exchanges
-_copies = itertools.count(1)
 
 
 def blocks_of(net):
@@ -29,35 +26,37 @@ def blocks_of(net):
     return list(found.values())
 
 
-def _read_symbol(block):
+def set_graph(block, graph):
+    """Give a SymbolBlock an edited graph in place of its own."""
+    inputs, _ = block._cached_graph
+    block._cached_graph = inputs, graph.symbol()
+    block._clear_cached_op()
+    _loaded.pop(block, None)
+
+
+def _read_graph(block):
     """The exchanges of a loaded graph, under keys that no other copy of its file has.
 
     Without that, two networks from one file would sum each other's statistics.
     """
-    inputs, graph = block._cached_graph
-    content = json.loads(graph.tojson())
-    nodes = content["nodes"]
-    copy, found = next(_copies), []
-    for node in nodes:
-        if node["op"] not in ("_syncbn_sum", "_contrib_KeyBarrierSum"):
-            continue
-        attributes, statistics = node["attrs"], []
-        attributes["key"] = f"{re.sub('@[0-9]+$', '', attributes['key'])}@{copy}"
-        if node["op"] == "_syncbn_sum":
-            mean = nodes[node["inputs"][1][0]]["name"]
-            users = (
-                n
-                for n in nodes
-                if n["op"] == "_syncbn_normalize"
-                and nodes[n["inputs"][5][0]]["name"] == mean
-            )
-            variance = nodes[next(users)["inputs"][6][0]]["name"]
-            statistics = [block.params[mean], block.params[variance]]
-        num_devices = int(attributes.get("num_devices", 0)) or None
-        found.append(Exchange(node["name"], attributes["key"], num_devices, tuple(statistics)))
+    graph = Graph(block._cached_graph[1])
+    nodes = [node for node in graph.nodes if node.op in EXCHANGES]
+    variances = {
+        node.inputs[5][0].name: node.inputs[6][0].name
+        for node in graph.nodes
+        if node.op == "_syncbn_normalize"
+    }
+    found = []
+    for node, key in zip(nodes, unique_keys(node.attrs["key"] for node in nodes)):
+        node.attrs["key"] = key
+        statistics = ()
+        if node.op == "_syncbn_sum":
+            mean = node.inputs[1][0].name
+            statistics = block.params[mean], block.params[variances[mean]]
+        num_devices = int(node.attrs.get("num_devices", 0)) or None
+        found.append(Exchange(node.name, key, num_devices, statistics))
     if found:
-        block._cached_graph = inputs, symbol.load_json(json.dumps(content))
-        block._clear_cached_op()
+        set_graph(block, graph)
     return found
 
 
@@ -70,6 +69,6 @@ def exchanges_of(net):
             found.append(Exchange(block.name, block.key, block.num_devices, statistics))
         elif isinstance(block, SymbolBlock):
             if block not in _loaded:
-                _loaded[block] = _read_symbol(block)
+                _loaded[block] = _read_graph(block)
             found.extend(_loaded[block])
     return found

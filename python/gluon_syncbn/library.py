@@ -12,6 +12,8 @@ from mxnet.base import _LIB, OpHandle, c_str, check_call
 from mxnet.ndarray.register import _make_ndarray_function
 from mxnet.symbol.register import _make_symbol_function
 
+from .mixed_precision import list_operators
+
 PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "libgluon_syncbn.so")
 
 # operator -> (submodule of mx.nd and mx.sym that gets it, its name there)
@@ -107,3 +109,4 @@ def _register_operators():
 
 LIBRARY = _open()
 _register_operators()
+list_operators()  # amp wants them to exist

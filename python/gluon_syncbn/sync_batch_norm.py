@@ -15,7 +15,10 @@ _layers_named = Counter()
 _lock = threading.Lock()
 
 
-def _positive(num_devices):
+def checked_num_devices(num_devices):
+    """None or a positive integer; raises ValueError for all else."""
+    if num_devices is None:
+        return None
     try:
         number = 0 if isinstance(num_devices, bool) else operator.index(num_devices)
     except TypeError:
@@ -116,8 +119,7 @@ default 'zeros' and 'ones'
         axis=1,
         **kwargs,
     ):
-        if num_devices is not None:
-            num_devices = _positive(num_devices)
+        num_devices = checked_num_devices(num_devices)
         super().__init__(
             axis=axis,
             momentum=momentum,

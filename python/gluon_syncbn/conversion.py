@@ -1,0 +1,213 @@
+"""Networks and symbols that exist already: their batch normalization made synchronized, and back.
+
+A layer is converted where it is, by giving it another class.  So whatever refers to it keeps
+referring to it: containers, attributes, lists of the network's own, a second place that shares it,
+a Trainer that has its parameters.
+"""
+
+from mxnet.gluon import HybridBlock, SymbolBlock, contrib, nn
+from mxnet.symbol import Symbol
+
+from .exchanges import blocks_of, set_graph
+from .graph import Graph
+from .graph_conversion import ConversionError, make_plain, synchronize
+from .sync_batch_norm import SyncBatchNorm, checked_num_devices
+
+
+def _family(block):
+    """Whether a block is batch normalization of any kind."""
+    return isinstance(block, nn.basic_layers._BatchNorm)
+
+
+def _graphs_of(blocks, convert):
+    """Edited graphs of the SymbolBlocks in which there was something to do."""
+    found = []
+    for block in blocks:
+        if isinstance(block, SymbolBlock):
+            graph = Graph(block._cached_graph[1])
+            try:
+                if convert(graph):
+                    found.append((block, graph))
+            except ConversionError as error:
+                raise ConversionError(f"in {block.name}: {error}") from None
+    return found
+
+
+def _apply(blocks, layers, graphs, change):
+    for layer in layers:
+        change(layer)
+    for block, graph in graphs:
+        set_graph(block, graph)
+    for block in blocks:
+        if isinstance(block, HybridBlock):
+            block._clear_cached_op()  # traced from what the network was
+
+
+def convert_sync_batchnorm(net, num_devices=None):
+    """Make all batch normalization of a network synchronized.
+
+    Every :class:`mxnet.gluon.nn.BatchNorm` and :class:`mxnet.gluon.contrib.nn.SyncBatchNorm`, at
+    any depth, becomes a :class:`SyncBatchNorm`, and so does every ``BatchNorm`` in the graph of a
+    :class:`mxnet.gluon.SymbolBlock`.  Settings, names, parameters and what they are initialized
+    with or hold are kept, so checkpoints go both ways.  It makes no difference whether the network
+    has been initialized, hybridized or run.
+
+    Parameters
+    ----------
+    net : Block
+        Changed in place.  Layers that are ours already are left as they are.
+    num_devices : int or None, default None
+        As for :class:`SyncBatchNorm`.
+
+    Returns
+    -------
+    Block
+        ``net``.
+
+    Raises
+    ------
+    TypeError
+        If ``net`` is no Block.  (For a Symbol there is :func:`convert_symbol`.)
+    ConversionError
+        A ValueError: if a layer is batch normalization of another kind, which it names.  Nothing
+        has been converted then.
+
+    Examples
+    --------
+    >>> from mxnet.gluon.model_zoo import vision
+    >>> from gluon_syncbn import convert_sync_batchnorm
+    >>> net = convert_sync_batchnorm(vision.resnet18_v1(), num_devices=2)
+    >>> type(net.features[1]).__name__
+    'SyncBatchNorm'
+    """
+    if isinstance(net, Symbol):
+        raise TypeError("net is a Symbol; use gluon_syncbn.convert_symbol")
+    blocks = _blocks_of(net)
+    num_devices = checked_num_devices(num_devices)
+    layers = []
+    for block in blocks:
+        if type(block) in (nn.BatchNorm, contrib.nn.SyncBatchNorm):
+            layers.append(block)
+        elif _family(block) and not isinstance(block, SyncBatchNorm):
+            raise ConversionError(
+                f"{block.name} is a {type(block).__module__}.{type(block).__name__}, which is not "
+                "known to do what nn.BatchNorm does; put nn.BatchNorm (and, for BatchNormReLU, "
+                "nn.Activation('relu')) in its place"
+            )
+    graphs = _graphs_of(blocks, lambda graph: synchronize(graph, num_devices))
+
+    def change(layer):
+        layer.__class__ = SyncBatchNorm
+        options = layer._kwargs
+        options.setdefault("axis", 1)  # MXNet's SyncBatchNorm has no other
+        for name in ("ndev", "key"):
+            options.pop(name, None)
+        options["num_devices"] = num_devices
+        layer._uses = 0
+
+    _apply(blocks, layers, graphs, change)
+    return net
+
+
+def revert_batchnorm(net):
+    """Make all synchronized batch normalization of a network plain.
+
+    The way back from :func:`convert_sync_batchnorm`: every :class:`SyncBatchNorm` becomes an
+    :class:`mxnet.gluon.nn.BatchNorm`, with all that it has; graphs likewise.
+
+    Parameters
+    ----------
+    net : Block or Symbol
+        A Block is changed in place.
+
+    Returns
+    -------
+    Block or Symbol
+        The Block, or a new Symbol.
+
+    Raises
+    ------
+    TypeError
+        If ``net`` is neither.
+    ConversionError
+        A ValueError: if a layer is of a class derived from ours, or a graph has an exchange that is
+        no batch normalization.  Nothing has been converted then.
+
+    Examples
+    --------
+    >>> from gluon_syncbn import SyncBatchNorm, revert_batchnorm
+    >>> revert_batchnorm(SyncBatchNorm(epsilon=1e-3, prefix="bn_"))
+    BatchNorm(axis=1, eps=0.001, momentum=0.9, fix_gamma=False, use_global_stats=False, \
+in_channels=None)
+    """
+    if isinstance(net, Symbol):
+        graph = Graph(net)
+        make_plain(graph)
+        return graph.symbol()
+    blocks = _blocks_of(net)
+    layers = [block for block in blocks if isinstance(block, SyncBatchNorm)]
+    for layer in layers:
+        if type(layer) is not SyncBatchNorm:
+            raise ConversionError(
+                f"{layer.name} is a {type(layer).__name__}, which is not known to do what "
+                "SyncBatchNorm does; put SyncBatchNorm in its place"
+            )
+    graphs = _graphs_of(blocks, make_plain)
+
+    def change(layer):
+        layer.__class__ = nn.BatchNorm
+        del layer._kwargs["num_devices"], layer._uses
+
+    _apply(blocks, layers, graphs, change)
+    return net
+
+
+def _blocks_of(net):
+    if not hasattr(net, "_children"):
+        raise TypeError(f"net must be a Gluon Block, but is a {type(net).__name__}")
+    return blocks_of(net)
+
+
+def convert_symbol(sym, num_devices=None):
+    """Make all batch normalization of a symbol synchronized.
+
+    Every ``BatchNorm`` (and ``BatchNorm_v1``, and MXNet's ``_contrib_SyncBatchNorm``) becomes ours.
+    Names of arguments, auxiliary states and outputs are kept, so parameters that fit before fit
+    afterwards.
+
+    Parameters
+    ----------
+    sym : Symbol
+        For example from ``mx.sym.load`` or ``mx.model.load_checkpoint``; it is not changed.
+    num_devices : int or None, default None
+        How many devices take part.  For :class:`mxnet.mod.Module`, the number of its contexts;
+        None is what :class:`ModelDataParallel` says, and without one the number of visible GPUs,
+        or 1.
+
+    Returns
+    -------
+    Symbol
+
+    Raises
+    ------
+    TypeError
+        If ``sym`` is no Symbol.
+    ConversionError
+        A ValueError: if a node cannot be converted, which it names.
+
+    Examples
+    --------
+    >>> import mxnet as mx
+    >>> from gluon_syncbn import convert_symbol
+    >>> plain = mx.sym.BatchNorm(mx.sym.var("data"), name="bn")
+    >>> convert_symbol(plain, num_devices=2).list_outputs()
+    ['bn_output']
+    """
+    if not isinstance(sym, Symbol):
+        raise TypeError(
+            f"sym must be a Symbol, but is a {type(sym).__name__}; "
+            "for a Block use gluon_syncbn.convert_sync_batchnorm"
+        )
+    graph = Graph(sym)
+    synchronize(graph, checked_num_devices(num_devices))
+    return graph.symbol()

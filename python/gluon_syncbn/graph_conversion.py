@@ -1,0 +1,113 @@
+"""Batch normalization in a graph, made synchronized and plain again.
+
+Plain is MXNet's ``BatchNorm``, one node.  Synchronized is three nodes around the exchange, or one
+where a device meets nobody; see docs/architecture.md.
+"""
+
+import itertools
+import re
+from collections import Counter
+
+from .graph import Node
+
+# The parameters that both kinds have, with MXNet's defaults, and with ours where they differ.
+_MXNET = {
+    "eps": "0.001",
+    "momentum": "0.9",
+    "fix_gamma": "True",
+    "use_global_stats": "False",
+    "axis": "1",
+}
+_OURS = {**_MXNET, "eps": "1e-05", "fix_gamma": "False"}
+_CONVERTIBLE = ("BatchNorm", "BatchNorm_v1", "_contrib_SyncBatchNorm")
+_INCONVERTIBLE = {
+    "_contrib_BatchNormWithReLU": "it is fused with a relu; use BatchNorm and Activation",
+    "_npx_batch_norm": "it belongs to mx.np; use mx.sym.BatchNorm",
+}
+EXCHANGES = ("_syncbn_sum", "_contrib_KeyBarrierSum")
+
+_graphs = itertools.count(1)
+
+
+class ConversionError(ValueError):
+    """A layer cannot be converted; the message names it and says what to do."""
+
+
+def unique_keys(keys):
+    """Keys that no other graph of this process has: two copies of a file must not meet."""
+    number = next(_graphs)
+    return [f"{re.sub('@[0-9]+$', '', key)}@{number}" for key in keys]
+
+
+def _cannot(node, why):
+    raise ConversionError(f"{node.name} ({node.op}) cannot be converted: {why}")
+
+
+def _check(graph):
+    """Raise before anything is changed if there is something that cannot be converted."""
+    uses = graph.uses()
+    for node in graph.nodes:
+        if node.op in _INCONVERTIBLE:
+            _cannot(node, _INCONVERTIBLE[node.op])
+        inside = node.operators_inside() & {*_CONVERTIBLE, *_INCONVERTIBLE, *EXCHANGES}
+        if inside:
+            _cannot(node, f"its body contains {', '.join(sorted(inside))}; unroll it")
+        if node.op in _CONVERTIBLE:
+            others = any(output > 0 for _, output in uses.get(id(node), ()))
+            if others or node.flag("output_mean_var", False):
+                _cannot(node, "its mean and variance are used as outputs, which ours does not have")
+            if len(node.inputs) != 5:
+                _cannot(node, "it needs data, gamma, beta, moving mean and moving variance")
+
+
+def _options(node):
+    defaults = _OURS if node.op.startswith("_syncbn") else _MXNET
+    return {name: node.attrs.get(name, default) for name, default in defaults.items()}
+
+
+def synchronize(graph, num_devices=None):
+    """Replace every batch normalization of a :class:`Graph` by ours; say how many there were."""
+    _check(graph)
+    plain = [node for node in graph.nodes if node.op in _CONVERTIBLE]
+    calls = Counter()  # a layer that is used twice has one name
+    new = {}
+    for node, key in zip(plain, unique_keys(node.name for node in plain)):
+        options = _options(node)
+        data, gamma, beta, mean, variance = node.inputs
+        user = node.user_attrs
+        if node.flag("use_global_stats", False) or num_devices == 1:
+            attrs = {**options, **user}
+            new[node] = Node("_syncbn_batch_norm", node.name, attrs, node.inputs), 0
+            continue
+        del options["use_global_stats"]
+        moments = Node(
+            "_syncbn_moments", f"{node.name}_moments", {"axis": options["axis"], **user}, [data]
+        )
+        exchange = {"key": key, "num_devices": num_devices or 0, "call": calls[node.name], **user}
+        calls[node.name] += 1
+        total = Node("_syncbn_sum", f"{node.name}_sum", exchange, [(moments, 1), mean])
+        inputs = [(moments, 0), (total, 0), (moments, 2), gamma, beta, mean, variance]
+        new[node] = Node("_syncbn_normalize", node.name, {**options, **user}, inputs), 0
+    graph.replace(new)
+    return len(plain)
+
+
+def make_plain(graph):
+    """Replace every synchronized batch normalization of a :class:`Graph` by MXNet's BatchNorm."""
+    new = {}
+    for node in graph.nodes:
+        if node.op in ("_syncbn_batch_norm", "_contrib_SyncBatchNorm"):
+            inputs = node.inputs
+        elif node.op == "_syncbn_normalize":
+            moments = node.inputs[0][0]
+            if moments.op != "_syncbn_moments":
+                _cannot(node, f"its data come from {moments.name} ({moments.op})")
+            inputs = [moments.inputs[0], *node.inputs[3:]]
+        else:
+            continue
+        new[node] = Node("BatchNorm", node.name, {**_options(node), **node.user_attrs}, inputs), 0
+    graph.replace(new)
+    for node in graph.nodes:
+        if node.op in (*EXCHANGES, "_syncbn_moments"):
+            _cannot(node, "plain MXNet has no such operator; take it out of the network")
+    return len(new)
