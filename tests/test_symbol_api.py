@@ -1,8 +1,11 @@
 """mx.sym and mx.mod.Module: networks written with our layers, and converted ones."""
 
+import json
+
 import mxnet as mx
 import numpy as np
 import pytest
+from mxnet.contrib import amp
 from mxnet.gluon.contrib.nn import SyncBatchNorm as MxnetSyncBatchNorm
 
 from gluon_syncbn import ConversionError, SyncBatchNorm, convert_symbol, revert_batchnorm
@@ -133,14 +136,31 @@ def test_user_attributes_stay():
     assert convert_symbol(sym).attr("__note__") == "kept"
 
 
+def test_casts_of_mixed_precision_stay():
+    def casts(sym):
+        nodes = json.loads(sym.tojson(remove_amp_cast=False))["nodes"]
+        return sum(node["op"] == "amp_cast" for node in nodes)
+
+    half = amp.convert_symbol(plain(), "float16")
+    assert casts(convert_symbol(half)) == casts(half) > 0
+
+
 def test_no_two_symbols_meet():
     sums = [
-        line
+        node["attrs"]
         for _ in range(2)
-        for line in convert_symbol(plain()).tojson().splitlines()
-        if '"key"' in line
+        for node in json.loads(convert_symbol(plain()).tojson())["nodes"]
+        if node["op"] == "_syncbn_sum"
     ]
-    assert len(sums) == 6 and len(set(sums)) == 4  # a shared layer keeps one key within a symbol
+    # A layer that two places share keeps one key within a symbol, and numbers its uses.
+    assert len(sums) == 6 and len({attrs["key"] for attrs in sums}) == 4
+    assert len({(attrs["key"], attrs["call"]) for attrs in sums}) == 6
+
+
+def test_defaults_of_ours_written_by_hand():
+    layer = mx.sym._internal._syncbn_batch_norm(mx.sym.var("data"), name="norm")
+    (node,) = [n for n in json.loads(revert_batchnorm(layer).tojson())["nodes"] if "attrs" in n]
+    assert float(node["attrs"]["eps"]) == 1e-5 and node["attrs"]["fix_gamma"] == "False"
 
 
 def with_outputs():

@@ -104,5 +104,5 @@ def fold(graph, parameters):
     folds = [one for one in folds if one.possible]
     for one in folds:
         one.apply()
-    graph.replace({one.norm: (one.layer, 0) for one in folds})
+    graph.replace({one.norm: one.layer for one in folds})
     return len(folds)

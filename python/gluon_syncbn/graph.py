@@ -92,20 +92,18 @@ class Graph:
         return found
 
     def replace(self, new):
-        """Let everybody read new nodes, output for output.
+        """Let whoever reads a node read another in its place, output for output.
 
         Parameters
         ----------
-        new : dict
-            Node to (node, output); whoever reads output n of the first reads output + n.
+        new : dict of Node to Node
         """
-        by_id = {id(old): entry for old, entry in new.items()}
+        by_id = {id(old): node for old, node in new.items()}
 
         def now(entry):
             node, output = entry
             while id(node) in by_id:
-                node, first = by_id[id(node)]
-                output += first
+                node = by_id[id(node)]
             return node, output
 
         self.heads = [now(entry) for entry in self.heads]

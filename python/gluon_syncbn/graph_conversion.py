@@ -45,7 +45,6 @@ def _cannot(node, why):
 
 def _check(graph):
     """Raise before anything is changed if there is something that cannot be converted."""
-    uses = graph.uses()
     for node in graph.nodes:
         if node.op in _INCONVERTIBLE:
             _cannot(node, _INCONVERTIBLE[node.op])
@@ -53,8 +52,7 @@ def _check(graph):
         if inside:
             _cannot(node, f"its body contains {', '.join(sorted(inside))}; unroll it")
         if node.op in _CONVERTIBLE:
-            others = any(output > 0 for _, output in uses.get(id(node), ()))
-            if others or node.flag("output_mean_var", False):
+            if node.flag("output_mean_var", False):
                 _cannot(node, "its mean and variance are used as outputs, which ours does not have")
             if len(node.inputs) != 5:
                 _cannot(node, "it needs data, gamma, beta, moving mean and moving variance")
@@ -77,7 +75,7 @@ def synchronize(graph, num_devices=None):
         user = node.user_attrs
         if node.flag("use_global_stats", False) or num_devices == 1:
             attrs = {**options, **user}
-            new[node] = Node("_syncbn_batch_norm", node.name, attrs, node.inputs), 0
+            new[node] = Node("_syncbn_batch_norm", node.name, attrs, node.inputs)
             continue
         del options["use_global_stats"]
         moments = Node(
@@ -87,7 +85,7 @@ def synchronize(graph, num_devices=None):
         calls[node.name] += 1
         total = Node("_syncbn_sum", f"{node.name}_sum", exchange, [(moments, 1), mean])
         inputs = [(moments, 0), (total, 0), (moments, 2), gamma, beta, mean, variance]
-        new[node] = Node("_syncbn_normalize", node.name, {**options, **user}, inputs), 0
+        new[node] = Node("_syncbn_normalize", node.name, {**options, **user}, inputs)
     graph.replace(new)
     return len(plain)
 
@@ -105,7 +103,7 @@ def make_plain(graph):
             inputs = [moments.inputs[0], *node.inputs[3:]]
         else:
             continue
-        new[node] = Node("BatchNorm", node.name, {**_options(node), **node.user_attrs}, inputs), 0
+        new[node] = Node("BatchNorm", node.name, {**_options(node), **node.user_attrs}, inputs)
     graph.replace(new)
     for node in graph.nodes:
         if node.op in (*EXCHANGES, "_syncbn_moments"):
