@@ -55,9 +55,7 @@ class _Fold:
     def apply(self):
         """Change the layer and its parameters; the normalization is then to be left out."""
         gamma, beta, mean, var = (self._value(node) for node, _ in self.norm.inputs[1:])
-        k = 1 / np.sqrt(var + float(self.norm.attrs["eps"]))
-        if not self.norm.flag("fix_gamma", True):
-            k = k * gamma
+        k = gamma / np.sqrt(var + float(self.norm.attrs["eps"]))
         layer = self.layer
         weight = layer.inputs[1][0]
         context, dtype = self.parameters[weight.name].context, self.parameters[weight.name].dtype
@@ -81,6 +79,8 @@ class _Fold:
 
 def fold(graph, parameters):
     """Fold every BatchNorm of a graph that follows a convolution or a dense layer.
+
+    Where fix_gamma is set, gamma must be written as 1 already.
 
     Parameters
     ----------

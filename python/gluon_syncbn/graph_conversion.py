@@ -91,9 +91,14 @@ def synchronize(graph, num_devices=None):
 
 
 def make_plain(graph):
-    """Replace every synchronized batch normalization of a :class:`Graph` by MXNet's BatchNorm."""
+    """Replace every synchronized batch normalization of a :class:`Graph` by MXNet's BatchNorm.
+
+    All BatchNorm nodes have all their parameters written then.
+    """
     new = {}
     for node in graph.nodes:
+        if node.op == "BatchNorm":
+            node.attrs = {**_options(node), **node.attrs}
         if node.op in ("_syncbn_batch_norm", "_contrib_SyncBatchNorm"):
             inputs = node.inputs
         elif node.op == "_syncbn_normalize":
