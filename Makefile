@@ -29,6 +29,11 @@ bench: build  ## time it beside MXNet and PyTorch, under five minutes (BENCH_ARG
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build --target kernels_bench
 	$(BIN)/python benchmarks/run.py --library build/libkernels_bench.so $(BENCH_ARGS)
 
+gluoncv: build  ## put GluonCV into .venv-gluoncv and test it with our layers, some minutes
+	$(PYTHON) -m venv .venv-gluoncv
+	.venv-gluoncv/bin/python -m pip install --quiet --no-deps -r tests/requirements-gluoncv.txt
+	PYTHONPATH=python .venv-gluoncv/bin/python -m pytest tests/test_gluoncv.py $(TEST_ARGS)
+
 torch:  ## put PyTorch (CPU) into .venv-torch, where `make bench` finds it
 	$(PYTHON) -m venv .venv-torch
 	.venv-torch/bin/python -m pip install --quiet torch==2.13.0 "numpy<2.3"
@@ -46,7 +51,7 @@ format: $(VENV)/ready  ## format Python and C++
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist out $(LIBRARY) python/*.egg-info
 
-.PHONY: help train test build bench torch lint format clean
+.PHONY: help train test build bench gluoncv torch lint format clean
 
 $(LIBRARY): $(VENV)/ready $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build -G Ninja \

@@ -218,7 +218,9 @@ def test_folding(make, shape, left, tmp_path, rng):
 
 def test_channels_last_convolutions_are_left_alone(rng):
     """Their weights lie otherwise, and the CPU cannot run them, so nothing could be checked."""
-    x = mx.sym.Convolution(mx.sym.var("data"), name="conv", num_filter=2, kernel=(1,), layout="NWC")
+    x = mx.sym.Convolution(
+        mx.sym.var("data"), name="conv", num_filter=2, kernel=(1, 1), layout="NHWC"
+    )
     graph = Graph(mx.sym.BatchNorm(x, name="norm"))
     names = graph.symbol().list_arguments() + graph.symbol().list_auxiliary_states()
     make_plain(graph)

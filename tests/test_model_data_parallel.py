@@ -674,3 +674,30 @@ def test_two_networks_in_one_step(two, rng):
     for model, scale in zip(models, (1, 100)):
         mean = model.net[0].running_mean.data(two[1]).asnumpy()
         np.testing.assert_allclose(mean, scale * x.mean(0) * (1 - 0.9**20), rtol=1e-3, atol=1e-5)
+
+
+class LossesInside(gluon.HybridBlock):
+    """What its graph is depends on recording, as that of GluonCV's YOLO3 does."""
+
+    def __init__(self):
+        super().__init__(prefix="losses_")
+        with self.name_scope():
+            self.norm = SyncBatchNorm()
+
+    def hybrid_forward(self, F, x):
+        x = self.norm(x)
+        return (x, (x * x).mean()) if autograd.is_recording() else x
+
+
+@pytest.mark.parametrize("hybridize", [None, {}, STATIC])
+def test_a_network_that_asks_whether_it_is_recorded(hybridize, two, rng):
+    net = LossesInside()
+    net.initialize(ctx=two)
+    if hybridize is not None:
+        net.hybridize(**hybridize)
+    model = ModelDataParallel(net, two)
+    xs = [mx.nd.array(rng.randn(3, 4), ctx=c) for c in two]
+    with autograd.record():
+        losses = [loss for _, loss in model(xs)]
+    parallel_backward(losses)
+    assert sum(loss.asscalar() for loss in losses) == pytest.approx(2, rel=1e-3)

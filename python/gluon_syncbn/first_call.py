@@ -63,21 +63,23 @@ class FirstCall:
         settle()
         statistics = [p for p in self._net.collect_params().values() if p.grad_req == "null"]
         before = {
-            p: p.data(share.context).copy() for p in statistics if p._data and not p._deferred_init
+            p: p.data(share.context).detach().copy()
+            for p in statistics
+            if p._data and not p._deferred_init
         }
-        recording = autograd.set_recording(False)
+        # Recorded if the caller records: GluonCV's YOLO3 is traced differently.  Nobody keeps it.
         BARRIER.set_members([""], 1)  # whatever it meets others for, in this run nobody comes
         try:
             with share.context:
                 self._call(share)
             settle()
         finally:
-            autograd.set_recording(recording)
             BARRIER.set_members([""], 0)
         other = next(c for c in contexts if c != share.context)
-        for p in statistics:
-            if p in before:
-                before[p].copyto(p.data(share.context))
-            elif p._data:
-                p.data(other).copyto(p.data(share.context))
+        with autograd.pause(train_mode=autograd.is_training()):
+            for p in statistics:
+                if p in before:
+                    before[p].copyto(p.data(share.context))
+                elif p._data:
+                    p.data(other).copyto(p.data(share.context))
         self._left[training] = _unready(self._net)

@@ -1,0 +1,280 @@
+"""GluonCV as it is on our layers: its models, in our ModelDataParallel and in its own wrappers.
+
+Only where it is asked for, since GluonCV wants an environment of its own: `make gluoncv`.
+"""
+
+import mxnet as mx
+import numpy as np
+import pytest
+from mxnet import autograd, gluon
+from mxnet.gluon import nn
+
+from gluon_syncbn import DataParallelCriterion, ModelDataParallel, SyncBatchNorm, parallel_backward
+
+pytest.importorskip("gluoncv")
+
+from gluoncv import model_zoo  # noqa: E402
+from gluoncv.loss import MixSoftmaxCrossEntropyLoss  # noqa: E402
+from gluoncv.model_zoo.segbase import SegEvalModel  # noqa: E402
+from gluoncv.utils import parallel as theirs  # noqa: E402
+
+BATCH, CLASSES = 4, ["cat", "dog"]
+STATIC = {"static_alloc": True, "static_shape": True}
+
+
+def norm(devices):
+    return {"norm_layer": SyncBatchNorm, "norm_kwargs": {"num_devices": devices}}
+
+
+class Detection(gluon.HybridBlock):
+    """A loss that is a sum over images, unlike SSDMultiBoxLoss, which wants all devices at once."""
+
+    def hybrid_forward(self, F, scores, boxes, anchors, labels, targets):
+        cross_entropy = gluon.loss.SoftmaxCrossEntropyLoss()(scores, labels)
+        return cross_entropy + gluon.loss.HuberLoss()(boxes, targets)
+
+
+class Weighted(gluon.HybridBlock):
+    """YOLO3 computes its losses itself, and GluonCV's criterion must be given some target."""
+
+    def hybrid_forward(self, F, objectness, center, scale, classes, weight):
+        return (objectness + center + scale + classes) * weight
+
+
+class Segmentation:
+    dtype, tolerance = "float64", 1e-9  # so deep that float32 hides real differences
+    shape = (BATCH, 3, 32, 32)
+
+    def __init__(self, model):
+        self.model = model
+
+    def net(self, devices):
+        return self.model(
+            nclass=4,
+            backbone="resnet50",
+            aux=True,
+            pretrained_base=False,
+            crop_size=self.shape[-1],
+            **norm(devices),
+        )
+
+    def data(self, rng):
+        return [rng.randn(*self.shape)], [rng.randint(0, 4, (BATCH,) + self.shape[2:])]
+
+    def loss(self):
+        # By default it averages over each device's pixels; then two devices sum to twice the
+        # gradient, whatever the layers do.
+        return MixSoftmaxCrossEntropyLoss(aux=True, size_average=False)
+
+
+class SSD:
+    dtype, tolerance = "float32", 1e-4
+
+    def net(self, devices):
+        # The layers that GluonCV appends to a named network keep its own BatchNorm; use_bn=False
+        # leaves them out, so that the whole network is synchronized.
+        return model_zoo.get_ssd(
+            "mobilenet0.25",
+            96,
+            features=["relu22_fwd", "relu26_fwd"],
+            filters=[64],
+            sizes=[10, 30, 60, 90],
+            ratios=[[1, 2, 0.5]] * 3,
+            steps=[16, 32, 64],
+            classes=CLASSES,
+            dataset="none",
+            pretrained_base=False,
+            use_bn=False,
+            **norm(devices),
+        )
+
+    def data(self, rng):
+        anchors = 4 * (6 * 6 + 3 * 3 + 2 * 2)
+        labels = rng.randint(0, 3, (BATCH, anchors))
+        return [rng.randn(BATCH, 3, 96, 96)], [labels, rng.randn(BATCH, anchors, 4)]
+
+    def loss(self):
+        return Detection()
+
+
+class YOLO3:
+    dtype, tolerance = "float32", 1e-4
+
+    def net(self, devices):
+        return model_zoo.yolo3_mobilenet0_25_custom(
+            classes=CLASSES, pretrained_base=False, **norm(devices)
+        )
+
+    def data(self, rng):
+        boxes = 3 * (2 * 2 + 4 * 4 + 8 * 8)
+        corner = rng.uniform(0, 30, (BATCH, 3, 2))
+        objects = rng.rand(BATCH, boxes, 1) < 0.2
+        inputs = [
+            rng.randn(BATCH, 3, 64, 64),
+            np.concatenate([corner, corner + rng.uniform(5, 30, corner.shape)], axis=2),
+            objects,
+            rng.rand(BATCH, boxes, 2),
+            rng.randn(BATCH, boxes, 2),
+            np.ones((BATCH, boxes, 2)),
+            np.where(objects, np.eye(2)[rng.randint(0, 2, (BATCH, boxes))], -1),
+        ]
+        return inputs, [np.ones(BATCH)]
+
+    def loss(self):
+        return Weighted()
+
+
+CASES = {
+    "fcn": Segmentation(model_zoo.FCN),
+    "psp": Segmentation(model_zoo.PSPNet),
+    "deeplab": Segmentation(model_zoo.DeepLabV3),
+    "ssd": SSD(),
+    "yolo3": YOLO3(),
+}
+
+
+def without_dropout(net):
+    """Its masks depend on the device."""
+    net.apply(lambda block: isinstance(block, nn.Dropout) and setattr(block, "_rate", 0))
+    return net
+
+
+def split(arrays, contexts):
+    return [gluon.utils.split_and_load(array, contexts) for array in arrays]
+
+
+def our_step(net, loss, contexts):
+    model, criterion = ModelDataParallel(net, contexts), DataParallelCriterion(loss, contexts)
+
+    def step(inputs, targets):
+        with autograd.record():
+            losses = criterion(model(*split(inputs, contexts)), *split(targets, contexts))
+        parallel_backward(losses)
+        return losses
+
+    return step
+
+
+def prepare(net, contexts, inputs):
+    """Initialize and trace in one thread: GluonCV's wrapper would in all of them at once.
+
+    This is what the documentation says to do before; it moves the statistics by a step.
+    """
+    with autograd.record():
+        ModelDataParallel(net, contexts)(*split(inputs, contexts))
+    for name, p in net.collect_params(".*running_(mean|var)").items():
+        p.set_data(mx.nd.full(p.shape, name.endswith("var"), dtype=p.dtype))
+
+
+def their_step(net, loss, contexts):
+    model = theirs.DataParallelModel(net, contexts, sync=True)
+    criterion = theirs.DataParallelCriterion(loss, contexts, sync=True)
+
+    def step(inputs, targets):
+        with autograd.record():
+            losses = criterion(model(*inputs), *targets)
+        theirs.parallel_backward(losses)
+        return losses
+
+    return step
+
+
+def train(case, devices, make_step, hybridize=None):
+    """Two steps: the losses of both, and the first one's gradients and moving statistics."""
+    contexts = [mx.cpu(i) for i in range(devices)]
+    mx.random.seed(1)
+    net = without_dropout(case.net(devices))
+    net.initialize(mx.init.Normal(0.05), ctx=contexts, force_reinit=True)
+    net.cast(case.dtype)
+    data = case.data(np.random.RandomState(0))
+    inputs, targets = ([mx.nd.array(a, dtype=case.dtype) for a in arrays] for arrays in data)
+    net(inputs[0][:1])  # draws the weights, in another order if it were hybridized
+    if hybridize is not None:
+        net.hybridize(**hybridize)
+    if make_step is their_step:
+        prepare(net, contexts, inputs)
+    step = make_step(net, case.loss(), contexts)
+    trainer = gluon.Trainer(net.collect_params(), "sgd", {"learning_rate": 1e-4})
+    losses, first = [], None
+    for _ in range(2):
+        parts = step(inputs, targets)
+        losses.append(np.concatenate([part.asnumpy().ravel() for part in parts]))
+        if first is None:
+            mx.nd.waitall()
+            parameters = net._collect_params_with_prefix()
+            gradients = {
+                name: sum(p.grad(c).asnumpy() for c in contexts)
+                for name, p in parameters.items()
+                if p.grad_req != "null"
+            }
+            statistics = {
+                name: [p.data(c).asnumpy() for c in contexts]
+                for name, p in parameters.items()
+                if "running" in name
+            }
+            first = gradients, statistics
+        trainer.step(BATCH)
+    mx.nd.waitall()
+    return losses, *first
+
+
+@pytest.fixture(scope="module")
+def whole_batch():
+    """What one device with the whole batch gives, computed once for each model."""
+    results = {}
+
+    def get(name):
+        if name not in results:
+            results[name] = train(CASES[name], 1, our_step)
+        return results[name]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    "make_step, hybridize",
+    [(our_step, None), (our_step, STATIC), (their_step, None), (their_step, {})],
+    ids=["ours", "ours-static", "theirs", "theirs-hybrid"],
+)
+@pytest.mark.parametrize("name", CASES)
+def test_two_devices_train_as_one(name, make_step, hybridize, whole_batch):
+    case = CASES[name]
+    losses, gradients, statistics = train(case, 2, make_step, hybridize)
+    wanted_losses, wanted_gradients, wanted_statistics = whole_batch(name)
+    assert len(statistics) >= 50 and statistics.keys() == wanted_statistics.keys()
+    # The second only roughly: a step amplifies rounding, as another order of the batch does.
+    np.testing.assert_allclose(losses[0], wanted_losses[0], rtol=case.tolerance)
+    np.testing.assert_allclose(losses[1], wanted_losses[1], rtol=1e-3)
+    largest = max(np.linalg.norm(wanted) for wanted in wanted_gradients.values())
+    for key, wanted in wanted_gradients.items():
+        error = np.linalg.norm(gradients[key] - wanted)
+        assert error <= case.tolerance * (np.linalg.norm(wanted) + 1e-3 * largest), key
+    for key, arrays in statistics.items():
+        assert arrays[0].tobytes() == arrays[1].tobytes(), key
+        (wanted,) = wanted_statistics[key]
+        np.testing.assert_allclose(
+            arrays[0], wanted, rtol=case.tolerance, atol=case.tolerance, err_msg=key
+        )
+
+
+@pytest.mark.parametrize("network", ["darknet53", "mobilenet1.0", "mobilenet0.25"])
+def test_every_normalization_of_yolo3_is_ours(network):
+    net = model_zoo.get_model(
+        f"yolo3_{network}_custom", classes=CLASSES, pretrained_base=False, **norm(2)
+    )
+    layers = []
+    net.apply(lambda block: isinstance(block, nn.BatchNorm) and layers.append(block))
+    assert len(layers) > 40 and all(isinstance(layer, SyncBatchNorm) for layer in layers)
+    assert {layer.num_devices for layer in layers} == {2}
+
+
+def test_evaluation_waits_for_nobody():
+    """GluonCV evaluates one device after the other."""
+    contexts = [mx.cpu(0), mx.cpu(1)]
+    net = CASES["deeplab"].net(2)
+    net.initialize(ctx=contexts, force_reinit=True)
+    x = mx.nd.random.normal(shape=Segmentation.shape)
+    wanted = net(x)[0].asnumpy()
+    got = theirs.DataParallelModel(SegEvalModel(net), contexts)(x)
+    got = np.concatenate([part[0].asnumpy() for part in got])
+    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-5)
