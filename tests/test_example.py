@@ -10,7 +10,15 @@ import mxnet as mx
 import pytest
 
 import gluon_syncbn
-from gluon_syncbn import data_parallel_criterion, key_barrier, model_data_parallel, sync_batch_norm
+from gluon_syncbn import (
+    conversion,
+    data_parallel_criterion,
+    estimator,
+    inference_export,
+    key_barrier,
+    model_data_parallel,
+    sync_batch_norm,
+)
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 
@@ -51,16 +59,35 @@ def test_bad_arguments():
     assert done.returncode == 1 and "GPUs are visible" in done.stderr
 
 
-def test_the_readmes_code_runs():
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
-        (code,) = re.findall(r"```python\n(.*?)```", file.read(), re.S)
+def code_of(document):
+    """The Python of a document, each line where it is there; not what is marked as "skip"."""
+    with open(os.path.join(ROOT, document), encoding="utf-8") as file:
+        parts = re.split(r"(```python\n.*?```)", file.read(), flags=re.S)
+    return "".join(
+        f"\n{part[10:-3]}" if i % 2 else "\n" * part.count("\n") for i, part in enumerate(parts)
+    )
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/own-model.md"])
+def test_the_documents_code_runs(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     scope = {}
-    exec(compile(code, "README.md", "exec"), scope)
-    assert scope["losses"][1].shape == (2,)
+    exec(compile(code_of(document), document, "exec"), scope)
+    assert scope["losses"][1].shape[0] > 1
+    assert (tmp_path / "resnet-symbol.json").exists()
 
 
 @pytest.mark.parametrize(
-    "module", [sync_batch_norm, model_data_parallel, key_barrier, data_parallel_criterion]
+    "module",
+    [
+        conversion,
+        data_parallel_criterion,
+        estimator,
+        inference_export,
+        key_barrier,
+        model_data_parallel,
+        sync_batch_norm,
+    ],
 )
 def test_the_docstrings_examples_run(module):
     try:
