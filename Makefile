@@ -20,6 +20,9 @@ help:  ## list what can be done
 train: build  ## train the example on two CPU contexts: digits, a minute (EXAMPLE_ARGS="--help")
 	$(BIN)/python examples/mnist.py $(EXAMPLE_ARGS)
 
+finetune: build  ## convert, train and export a model-zoo network, a minute (EXAMPLE_ARGS="--help")
+	$(BIN)/python examples/finetune.py $(EXAMPLE_ARGS)
+
 test: lint build  ## check formatting, then run all tests (TEST_ARGS="-k exchange")
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
@@ -51,7 +54,7 @@ format: $(VENV)/ready  ## format Python and C++
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist out $(LIBRARY) python/*.egg-info
 
-.PHONY: help train test build bench gluoncv torch lint format clean
+.PHONY: help train finetune test build bench gluoncv torch lint format clean
 
 $(LIBRARY): $(VENV)/ready $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build -G Ninja \

@@ -25,26 +25,49 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
 
 
-def parse_arguments(argv=None):
+def training_arguments(doc, **defaults):
+    """Make a parser of what any training takes; ``defaults`` in place of those here."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument(
-        "--dataset", choices=["digits", "mnist"], default="digits", help="mnist is downloaded"
+        description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=64, help="over all devices")
     parser.add_argument("--num-devices", type=int, default=2)
     parser.add_argument("--ctx", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate")
-    parser.add_argument("--hybridize", action="store_true", help="compile the network to a graph")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="out", help="where the results go")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def parse(parser, argv, positive=("epochs", "batch_size", "num_devices")):
     arguments = parser.parse_args(argv)
-    for name in ("epochs", "batch_size", "num_devices"):
+    for name in positive:
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be 1 or more")
     return arguments
+
+
+def parse_arguments(argv=None):
+    parser = training_arguments(__doc__)
+    parser.add_argument(
+        "--dataset", choices=["digits", "mnist"], default="digits", help="mnist is downloaded"
+    )
+    parser.add_argument("--hybridize", action="store_true", help="compile the network to a graph")
+    return parse(parser, argv)
+
+
+def set_up(arguments):
+    """Set the seeds and give the devices."""
+    device = mx.gpu if arguments.ctx == "gpu" else mx.cpu
+    if arguments.ctx == "gpu" and arguments.num_devices > mx.context.num_gpus():
+        raise SystemExit(
+            f"--num-devices {arguments.num_devices}, but {mx.context.num_gpus()} GPUs are visible"
+        )
+    mx.random.seed(arguments.seed)
+    np.random.seed(arguments.seed)
+    return [device(i) for i in range(arguments.num_devices)]
 
 
 def load_data(dataset):
@@ -124,35 +147,24 @@ def draw(losses, accuracies, path):
     plt.close(figure)
 
 
-def main(argv=None):
-    arguments = parse_arguments(argv)
-    device = mx.gpu if arguments.ctx == "gpu" else mx.cpu
-    if arguments.ctx == "gpu" and arguments.num_devices > mx.context.num_gpus():
-        raise SystemExit(
-            f"--num-devices {arguments.num_devices}, but {mx.context.num_gpus()} GPUs are visible"
-        )
-    ctx_list = [device(i) for i in range(arguments.num_devices)]
-    mx.random.seed(arguments.seed)
-    np.random.seed(arguments.seed)
-
-    train_set, test_set = load_data(arguments.dataset)
-    train_loader = batches(*train_set, arguments.batch_size, shuffle=True)
-    test_loader = batches(*test_set, arguments.batch_size, shuffle=False)
+def make_loaders(name, train_set, test_set, arguments, ctx_list):
     print(
-        f"{arguments.dataset}: {len(train_set[0])} training and {len(test_set[0])} test images, "
+        f"{name}: {len(train_set[0])} training and {len(test_set[0])} test images, "
         f"batches of {arguments.batch_size} over {', '.join(map(str, ctx_list))}"
     )
-
-    net = make_network()
-    net.initialize(mx.init.Xavier(), ctx=ctx_list)
-    if arguments.hybridize:
-        net.hybridize(static_alloc=True, static_shape=True)
-    model = ModelDataParallel(net, ctx_list)
-    criterion = DataParallelCriterion(gluon.loss.SoftmaxCrossEntropyLoss(), ctx_list)
-    trainer = gluon.Trainer(
-        net.collect_params(), "sgd", {"learning_rate": arguments.lr, "momentum": 0.9, "wd": 1e-4}
+    return (
+        batches(*train_set, arguments.batch_size, shuffle=True),
+        batches(*test_set, arguments.batch_size, shuffle=False),
     )
 
+
+def train(model, train_loader, test_loader, arguments, picture):
+    """Train for all epochs, print how it goes and draw it."""
+    ctx_list = model.ctx_list
+    criterion = DataParallelCriterion(gluon.loss.SoftmaxCrossEntropyLoss(), ctx_list)
+    trainer = gluon.Trainer(
+        model.collect_params(), "sgd", {"learning_rate": arguments.lr, "momentum": 0.9, "wd": 1e-4}
+    )
     losses, accuracies, start = [], [], time.time()
     for epoch in range(1, arguments.epochs + 1):
         title = f"epoch {epoch}/{arguments.epochs}"
@@ -160,15 +172,29 @@ def main(argv=None):
         accuracies.append(evaluate(model, test_loader, ctx_list))
         print(f"{title}  loss {losses[-1]:.4f}  test accuracy {accuracies[-1]:.2%}", flush=True)
     print(f"trained in {time.time() - start:.1f} s")
+    os.makedirs(arguments.out, exist_ok=True)
+    draw(losses, accuracies, picture)
+
+
+def main(argv=None):
+    arguments = parse_arguments(argv)
+    ctx_list = set_up(arguments)
+    train_set, test_set = load_data(arguments.dataset)
+    loaders = make_loaders(arguments.dataset, train_set, test_set, arguments, ctx_list)
+
+    net = make_network()
+    net.initialize(mx.init.Xavier(), ctx=ctx_list)
+    if arguments.hybridize:
+        net.hybridize(static_alloc=True, static_shape=True)
+    model = ModelDataParallel(net, ctx_list)
+    prefix = os.path.join(arguments.out, arguments.dataset)
+    train(model, *loaders, arguments, f"{prefix}.png")
 
     mx.nd.waitall()  # a graph with static_shape writes statistics behind the engine's back
-    os.makedirs(arguments.out, exist_ok=True)
-    prefix = os.path.join(arguments.out, arguments.dataset)
     net.save_parameters(f"{prefix}.params")
     net.hybridize()
     net(mx.nd.array(test_set[0][:1], ctx=ctx_list[0]))  # export wants a graph that has run
     net.export(prefix)
-    draw(losses, accuracies, f"{prefix}.png")
     print(
         f"saved {prefix}.params (load_parameters), {prefix}-symbol.json and {prefix}-0000.params "
         f"(SymbolBlock.imports), {prefix}.png (curves)"

@@ -9,7 +9,13 @@ import pytest
 from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
-from gluon_syncbn import DataParallelCriterion, ModelDataParallel, SyncBatchNorm, parallel_backward
+from gluon_syncbn import (
+    DataParallelCriterion,
+    ModelDataParallel,
+    SyncBatchNorm,
+    convert_sync_batchnorm,
+    parallel_backward,
+)
 
 pytest.importorskip("gluoncv")
 
@@ -278,3 +284,32 @@ def test_evaluation_waits_for_nobody():
     got = theirs.DataParallelModel(SegEvalModel(net), contexts)(x)
     got = np.concatenate([part[0].asnumpy() for part in got])
     np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_what_ssd_appends_by_itself_is_converted():
+    """The layers that GluonCV appends to a named network know nothing of norm_layer."""
+    net = model_zoo.get_ssd(
+        "mobilenet0.25",
+        96,
+        features=["relu22_fwd", "relu26_fwd"],
+        filters=[64],
+        sizes=[10, 30, 60, 90],
+        ratios=[[1, 2, 0.5]] * 3,
+        steps=[16, 32, 64],
+        classes=CLASSES,
+        dataset="none",
+        pretrained_base=False,
+        **norm(2),
+    )
+    net.initialize(ctx=[mx.cpu(0), mx.cpu(1)])
+    x = mx.nd.random.normal(shape=(2, 3, 96, 96))
+    wanted = [y.asnumpy() for y in net(x)]
+
+    def plain():
+        return net.features._cached_graph[1].tojson().count('"op": "BatchNorm"')
+
+    assert plain() > 0
+    convert_sync_batchnorm(net, num_devices=2)
+    assert plain() == 0
+    for got, was in zip(net(x), wanted):
+        np.testing.assert_allclose(got.asnumpy(), was, rtol=1e-4, atol=1e-5)
