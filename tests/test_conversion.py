@@ -217,6 +217,113 @@ def test_a_graph_inside_a_network(tmp_path, rng):
     assert net[0]._cached_graph[1].tojson().count('"op": "BatchNorm"') == 4
 
 
+def shares(two):
+    return [mx.nd.ones((2, 3), two[0]), mx.nd.ones((4, 3), two[1]) + 5]
+
+
+def synchronized(model, xs):
+    """Whether the devices' shares were normalized as one: the first is below the mean then."""
+    with autograd.record():
+        ys = model(xs)
+    return ys[0].asnumpy().mean() < -0.5
+
+
+def sequence(*layers, hybridize=True):
+    net = nn.HybridSequential()
+    net.add(*layers)
+    net.initialize(ctx=[mx.cpu(0), mx.cpu(1)])
+    net.hybridize(active=hybridize)
+    return net
+
+
+@pytest.mark.parametrize("hybridize", [False, True])
+def test_inside_model_data_parallel(hybridize, two):
+    for net in (sequence(nn.BatchNorm(), hybridize=hybridize), nn.BatchNorm()):
+        net.initialize(ctx=two, force_reinit=True)
+        model = ModelDataParallel(net, two)
+        xs = shares(two)
+        assert not synchronized(model, xs)
+        assert convert_sync_batchnorm(model) is model
+        assert synchronized(model, xs)
+        assert revert_batchnorm(model) is model
+        assert not synchronized(model, xs)
+
+
+def test_a_part_of_a_network_that_has_run(two):
+    """The network was traced with the part as it was."""
+    xs = shares(two)
+    net = sequence(sequence(nn.BatchNorm()))
+    net(xs[0])
+    model = ModelDataParallel(net, two)
+    assert not synchronized(model, xs)
+    convert_sync_batchnorm(net[0])
+    assert synchronized(model, xs) and synchronized(ModelDataParallel(net, two), xs)
+    revert_batchnorm(net[0])
+    assert not synchronized(model, xs)
+
+
+def test_a_loaded_graph_in_a_network_that_has_run(two, tmp_path):
+    xs = shares(two)
+    layer = sequence(SyncBatchNorm())
+    layer(xs[0])
+    layer.export(str(tmp_path / "layer"))
+
+    def load():
+        return gluon.SymbolBlock.imports(
+            str(tmp_path / "layer-symbol.json"),
+            ["data"],
+            str(tmp_path / "layer-0000.params"),
+            ctx=two,
+        )
+
+    net = nn.HybridSequential()
+    net.add(load())
+    net.hybridize()
+    net(xs[0])
+    assert synchronized(ModelDataParallel(net, two), xs)
+    # A number of devices that contradicts is an error, as for layers.
+    for wrong in (1, 3):
+        single = convert_sync_batchnorm(revert_batchnorm(load()), num_devices=wrong)
+        with pytest.raises(ValueError, match=f"num_devices={wrong}, .*revert_batchnorm, then"):
+            ModelDataParallel(single, two)
+    again = convert_sync_batchnorm(revert_batchnorm(single), num_devices=2)
+    assert synchronized(ModelDataParallel(again, two), xs)
+
+
+@pytest.mark.parametrize("holder", [list, tuple, lambda x: {"a": [list(x)]}])
+def test_a_list_that_gluon_does_not_know_of(holder):
+    class Listed(gluon.Block):
+        def __init__(self):
+            super().__init__(prefix="outer_")
+            with self.name_scope():
+                self.known = nn.BatchNorm()
+                self.blocks = holder([nn.Dense(3), nn.BatchNorm()])
+
+    net = Listed()
+    with pytest.raises(ConversionError, match="outer.blocks holds outer_batchnorm1.*register"):
+        convert_sync_batchnorm(net)
+    assert type(net.known) is nn.BatchNorm
+
+
+def test_networks_of_mx_np():
+    mx.npx.set_np()
+    try:
+        net = nn.BatchNorm()
+        with pytest.raises(ConversionError, match="networks of mx.np cannot be converted"):
+            convert_sync_batchnorm(net)
+    finally:
+        mx.npx.reset_np()
+    assert type(net) is nn.BatchNorm
+
+
+def test_mxnets_own_synchronized_layer_is_reverted(rng):
+    layer = MxnetSyncBatchNorm(num_devices=2, in_channels=3)
+    revert_batchnorm(layer)
+    layer.initialize()
+    assert type(layer) is nn.BatchNorm
+    assert layer(mx.nd.array(rng.randn(2, 3))).shape == (2, 3)
+
+
 def test_one_layer_is_a_network_too():
     layer = nn.BatchNorm(prefix="alone_")
     assert convert_sync_batchnorm(layer) is layer and type(layer) is SyncBatchNorm

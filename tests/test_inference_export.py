@@ -10,6 +10,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 from mxnet import autograd, gluon
+from mxnet.contrib import amp
 from mxnet.gluon import nn
 
 from gluon_syncbn import (
@@ -244,38 +245,65 @@ def test_export_and_back_with_the_package(tmp_path, rng):
 
 @pytest.mark.parametrize("fold", [False, True])
 def test_float16(fold, tmp_path, rng):
-    """No float16 convolution on the CPU, so layers around a relu; folding keeps the dtype."""
+    """No float16 convolution on the CPU, so layers around a relu."""
     net = sequence(SyncBatchNorm(), nn.Activation("relu"), SyncBatchNorm(num_devices=1))
     net.cast("float16")
     x = mx.nd.array(rng.randn(4, 3, 8, 8), dtype="float16")
     wanted = ready(net, x, rng)
     files = export_for_inference(net, str(tmp_path / "net"), fold=fold)
-    loaded = gluon.SymbolBlock.imports(files[0], ["data"], files[1])
-    got = loaded(x)
+    got = gluon.SymbolBlock.imports(files[0], ["data"], files[1])(x)
     assert got.dtype == np.float16
     # A last bit of float16 is 1e-3 of the value.
     np.testing.assert_allclose(got.asnumpy(), wanted, rtol=2e-3, atol=2e-3)
 
-    net = sequence(nn.Dense(4, in_units=3), SyncBatchNorm(in_channels=4))
+
+def test_folding_in_float16(tmp_path, rng):
+    """What is written, since MXNet cannot run it here."""
+    net = sequence(nn.Dense(4, in_units=3, use_bias=False), SyncBatchNorm(in_channels=4))
     net.cast("float16")
     net.initialize()
-    graph = net(mx.sym.var("data"))
-    with mock.patch.object(type(net), "export", lambda self, prefix: save(graph, net, prefix)):
-        files = export_for_inference(net, str(tmp_path / "dense"), fold=True)
-    assert {v.dtype for v in mx.nd.load(files[1]).values()} == {np.float16}
-
-
-def save(graph, net, prefix):
-    """What HybridBlock.export writes, for a network that cannot run here."""
-    graph.save(f"{prefix}-symbol.json")
-    states = graph.list_auxiliary_states()
-    mx.nd.save(
-        f"{prefix}-0000.params",
-        {
-            f"{'aux' if name in states else 'arg'}:{name}": parameter.data()
-            for name, parameter in net.collect_params().items()
-        },
+    randomize(net, rng)
+    data = mx.sym.var("data", dtype="float16")
+    block = gluon.SymbolBlock(net(data), data, params=net.collect_params())
+    files = export_for_inference(block, str(tmp_path / "dense"), fold=True)
+    weight, bias = mx.nd.load(files[1]).values()
+    assert weight.dtype == bias.dtype == np.float16
+    norm, dense = net[1], net[0].weight.data().asnumpy().astype("float64")
+    gamma, beta, mean, var = (
+        p.data().asnumpy().astype("float64")
+        for p in (norm.gamma, norm.beta, norm.running_mean, norm.running_var)
     )
+    k = gamma / np.sqrt(var + 1e-5)
+    np.testing.assert_allclose(weight.asnumpy(), k[:, None] * dense, rtol=1e-3)
+    np.testing.assert_allclose(bias.asnumpy(), beta - k * mean, rtol=1e-3, atol=1e-3)
+
+
+def types_fit(files):
+    """What plain MXNet says of the dtypes in a symbol and its parameters."""
+    types = {name[4:]: value.dtype for name, value in mx.nd.load(files[1]).items()}
+    return mx.sym.load(files[0]).infer_type(data="float32", **types)[1]
+
+
+@pytest.mark.parametrize("cast_optional_params", [False, True])
+def test_after_mixed_precision(cast_optional_params, tmp_path, rng):
+    net = sequence(nn.Dense(4), SyncBatchNorm(), nn.Dense(2))
+    x = mx.nd.array(rng.randn(3, 5))
+    wanted = ready(net, x, rng)
+    half = amp.convert_hybrid_block(
+        net, "float16", cast_optional_params=cast_optional_params, ctx=mx.cpu()
+    )
+    for fold in (False, True):
+        files = export_for_inference(half, str(tmp_path / f"plain{fold}"), fold=fold)
+        # MXNet leaves the cast of the output, to float32, which it is already.
+        assert "amp_cast" not in operators(files[0])[:-1] and types_fit(files)
+        got = gluon.SymbolBlock.imports(files[0], ["data"], files[1])(x).asnumpy()
+        np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=2e-3)  # weights were float16
+        files = export_for_inference(
+            half, str(tmp_path / f"half{fold}"), fold=fold, remove_amp_cast=False
+        )
+        assert "amp_cast" in operators(files[0])[:-1] and types_fit(files)
+        weights = {v.dtype for n, v in mx.nd.load(files[1]).items() if n.endswith("weight")}
+        assert weights == {np.float16 if cast_optional_params else np.float32}
 
 
 def test_a_network_without_a_graph():
@@ -283,6 +311,70 @@ def test_a_network_without_a_graph():
     net.initialize()
     with pytest.raises(RuntimeError, match="call net.hybridize.. and then the network once"):
         export_for_inference(net, "nowhere")
+
+
+def test_parameters_without_values(tmp_path):
+    net = of_any_kind()
+    net.hybridize()
+    data = mx.sym.var("data")
+    block = gluon.SymbolBlock(net(data), data, params=net.collect_params())
+    with pytest.raises(RuntimeError, match="has parameters without values; initialize or load"):
+        export_for_inference(block, str(tmp_path / "net"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loaded_file_needs_no_call(tmp_path, rng):
+    x = mx.nd.array(rng.randn(4, 3, 8, 8))
+    net = of_any_kind()
+    wanted = ready(net, x, rng)
+    net.export(str(tmp_path / "net"))
+    loaded = gluon.SymbolBlock.imports(
+        str(tmp_path / "net-symbol.json"), ["data"], str(tmp_path / "net-0000.params")
+    )
+    files = export_for_inference(loaded, str(tmp_path / "plain"))
+    got = gluon.SymbolBlock.imports(files[0], ["data"], files[1])(x)
+    assert_close(got.asnumpy(), wanted)
+
+
+class InALoop(gluon.HybridBlock):
+    def __init__(self):
+        super().__init__()
+        with self.name_scope():
+            self.norm = SyncBatchNorm(in_channels=3)
+
+    def hybrid_forward(self, F, x):
+        return F.contrib.foreach(lambda d, s: (self.norm(d), s), x, F.zeros((1,)))[0]
+
+
+def test_a_layer_in_a_loop_is_refused_and_nothing_is_written(tmp_path):
+    net = InALoop()
+    net.initialize()
+    net.hybridize()
+    net(mx.nd.ones((2, 4, 3)))
+    with pytest.raises(ConversionError, match="_foreach.*its body contains .*_syncbn"):
+        export_for_inference(net, str(tmp_path / "net"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gamma_of_two_minds(tmp_path, rng):
+    """One layer takes it as it is, another as 1; a third computes its own."""
+    data, gamma = mx.sym.var("data"), mx.sym.var("gamma")
+    x = mx.sym.BatchNorm(data, gamma=gamma, name="free", fix_gamma=False)
+    x = mx.sym.BatchNorm(x, gamma=gamma, name="fixed", fix_gamma=True)
+    x = mx.sym.BatchNorm(x, gamma=mx.sym.exp(gamma), name="computed", fix_gamma=False)
+    net = gluon.SymbolBlock(x, data, params=None)
+    net.initialize()
+    batch = mx.nd.array(rng.randn(4, 3, 8))
+    net(batch)
+    randomize(net, rng)
+    # (MXNet sets it to 1 where it runs the layer that takes it so.)
+    net.collect_params()["gamma"].set_data(mx.nd.array([2.0, 3.0, 4.0]))
+    files = export_for_inference(net, str(tmp_path / "net"))
+    values = mx.nd.load(files[1])
+    assert values["arg:gamma"].asnumpy().tolist() == [2, 3, 4]
+    assert values["arg:fixed_ones"].asnumpy().tolist() == [1, 1, 1]
+    shapes = {"data": (4, 3, 8)}
+    assert mx.sym.load(files[0]).infer_shape(**shapes)[1] == [(4, 3, 8)]
 
 
 def test_not_a_network(tmp_path):

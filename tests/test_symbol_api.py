@@ -9,6 +9,7 @@ from mxnet.contrib import amp
 from mxnet.gluon.contrib.nn import SyncBatchNorm as MxnetSyncBatchNorm
 
 from gluon_syncbn import ConversionError, SyncBatchNorm, convert_symbol, revert_batchnorm
+from gluon_syncbn.exchanges import exchanges_of
 
 PARAMETERS = ("gamma", "beta", "moving_mean", "moving_var")
 
@@ -180,7 +181,7 @@ def in_a_loop():
     [
         (with_outputs, "odd .*its mean and variance are used"),
         (lambda: mx.sym.contrib.BatchNormWithReLU(mx.sym.var("data"), name="odd"), "odd .*relu"),
-        (in_a_loop, "_foreach.*its body contains BatchNorm; unroll it"),
+        (in_a_loop, "_foreach.*its body contains BatchNorm; unroll a loop"),
     ],
 )
 def test_what_cannot_be_converted_is_named(make, why):
@@ -193,6 +194,28 @@ def test_bad_arguments():
         convert_symbol(SyncBatchNorm())
     with pytest.raises(ValueError, match="num_devices must be a positive integer"):
         convert_symbol(plain(), num_devices=0)
+
+
+def test_keys_stay_apart(tmp_path):
+    """Whatever the user called them."""
+    x = mx.sym.var("data")
+    both = [
+        mx.sym.contrib.KeyBarrierSum(x, key=key, num_devices=2) for key in ("k@1", "k@2", "k@2")
+    ]
+    block = mx.gluon.SymbolBlock(mx.sym.Group(both), x, params=None)
+    for _ in range(2):
+        keys = [exchange.key for exchange in exchanges_of(block)]
+        assert len(set(keys)) == 2 and keys[1] == keys[2]
+    assert keys[0].startswith("k@1") and keys[1].startswith("k@2")
+
+
+def test_revert_refuses_an_exchange_in_a_loop():
+    def body(x, state):
+        return SyncBatchNorm(num_devices=1, prefix="inner_")(x), state
+
+    loop = mx.sym.contrib.foreach(body, mx.sym.var("data"), mx.sym.var("state"))[0]
+    with pytest.raises(ConversionError, match="_foreach.*its body contains _syncbn_batch_norm"):
+        revert_batchnorm(loop)
 
 
 def test_revert_refuses_a_bare_exchange():

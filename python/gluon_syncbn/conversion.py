@@ -1,16 +1,18 @@
 """Networks and symbols that exist already: their batch normalization made synchronized, and back.
 
 A layer is converted where it is, by giving it another class.  So whatever refers to it keeps
-referring to it: containers, attributes, lists of the network's own, a second place that shares it,
-a Trainer that has its parameters.
+referring to it: containers, attributes, a second place that shares it, a Trainer that has its
+parameters.
 """
 
-from mxnet.gluon import HybridBlock, SymbolBlock, contrib, nn
+from mxnet.gluon import Block, SymbolBlock, contrib, nn
 from mxnet.symbol import Symbol
+from mxnet.util import is_np_array
 
-from .exchanges import blocks_of, set_graph
+from .exchanges import blocks_of, forget_traces, mark_edited, set_graph
 from .graph import Graph
 from .graph_conversion import ConversionError, make_plain, synchronize
+from .model_data_parallel import ModelDataParallel
 from .sync_batch_norm import SyncBatchNorm, checked_num_devices
 
 
@@ -33,14 +35,39 @@ def _graphs_of(blocks, convert):
     return found
 
 
-def _apply(blocks, layers, graphs, change):
+def _apply(net, layers, graphs, change):
     for layer in layers:
         change(layer)
     for block, graph in graphs:
         set_graph(block, graph)
+    forget_traces(net)
+    mark_edited()
+
+
+def _held(value):
+    """Blocks in a list, tuple or dict, however deep."""
+    if isinstance(value, Block):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _held(one)
+    elif isinstance(value, dict):
+        yield from _held(list(value.values()))
+
+
+def _check_registered(blocks):
+    """Gluon does not know of blocks in a list of the network's own, so neither can we."""
+    known = {id(block) for block in blocks}
     for block in blocks:
-        if isinstance(block, HybridBlock):
-            block._clear_cached_op()  # traced from what the network was
+        for name, value in vars(block).items():
+            if name.startswith("_") or not isinstance(value, (list, tuple, dict)):
+                continue
+            for held in _held(value):
+                if id(held) not in known and any(map(_family, blocks_of(held))):
+                    raise ConversionError(
+                        f"{block.name}.{name} holds {held.name}, which Gluon does not know of; "
+                        f"register it: self.register_child(...) in {type(block).__name__}.__init__"
+                    )
 
 
 def convert_sync_batchnorm(net, num_devices=None):
@@ -50,12 +77,15 @@ def convert_sync_batchnorm(net, num_devices=None):
     any depth, becomes a :class:`SyncBatchNorm`, and so does every ``BatchNorm`` in the graph of a
     :class:`mxnet.gluon.SymbolBlock`.  Settings, names, parameters and what they are initialized
     with or hold are kept, so checkpoints go both ways.  It makes no difference whether the network
-    has been initialized, hybridized or run.
+    has been initialized, hybridized or run.  (Where ``net`` is only a part of a network that is
+    hybridized and has run, :class:`ModelDataParallel` notices; if you call that network yourself,
+    ``hybridize()`` it again.)  An ``F.BatchNorm`` that a block calls itself is not found.
 
     Parameters
     ----------
-    net : Block
-        Changed in place.  Layers that are ours already are left as they are.
+    net : Block or ModelDataParallel
+        Changed in place.  Layers that are ours already are left as they are; to give them another
+        number of devices, :func:`revert_batchnorm` first.
     num_devices : int or None, default None
         As for :class:`SyncBatchNorm`.
 
@@ -69,8 +99,9 @@ def convert_sync_batchnorm(net, num_devices=None):
     TypeError
         If ``net`` is no Block.  (For a Symbol there is :func:`convert_symbol`.)
     ConversionError
-        A ValueError: if a layer is batch normalization of another kind, which it names.  Nothing
-        has been converted then.
+        A ValueError: if a layer is batch normalization of another kind, or in a list that Gluon
+        does not know of, which it names; or for networks of ``mx.np``.  Nothing has been converted
+        then.
 
     Examples
     --------
@@ -84,6 +115,12 @@ def convert_sync_batchnorm(net, num_devices=None):
         raise TypeError("net is a Symbol; use gluon_syncbn.convert_symbol")
     blocks = _blocks_of(net)
     num_devices = checked_num_devices(num_devices)
+    if is_np_array():
+        raise ConversionError(
+            "networks of mx.np cannot be converted: our operators are of mx.nd; "
+            "call mx.npx.reset_np() before making the network"
+        )
+    _check_registered(blocks)
     layers = []
     for block in blocks:
         if type(block) in (nn.BatchNorm, contrib.nn.SyncBatchNorm):
@@ -98,27 +135,24 @@ def convert_sync_batchnorm(net, num_devices=None):
 
     def change(layer):
         layer.__class__ = SyncBatchNorm
-        options = layer._kwargs
-        options.setdefault("axis", 1)  # MXNet's SyncBatchNorm has no other
-        for name in ("ndev", "key"):
-            options.pop(name, None)
-        options["num_devices"] = num_devices
+        _forget_mxnets(layer)
+        layer._kwargs["num_devices"] = num_devices
         layer._uses = 0
 
-    _apply(blocks, layers, graphs, change)
+    _apply(blocks[0], layers, graphs, change)
     return net
 
 
 def revert_batchnorm(net):
     """Make all synchronized batch normalization of a network plain.
 
-    The way back from :func:`convert_sync_batchnorm`: every :class:`SyncBatchNorm` becomes an
-    :class:`mxnet.gluon.nn.BatchNorm`, with all that it has; graphs likewise.
+    The way back from :func:`convert_sync_batchnorm`: every :class:`SyncBatchNorm` (and MXNet's)
+    becomes an :class:`mxnet.gluon.nn.BatchNorm`, with all that it has; graphs likewise.
 
     Parameters
     ----------
-    net : Block or Symbol
-        A Block is changed in place.
+    net : Block, ModelDataParallel or Symbol
+        A network is changed in place.
 
     Returns
     -------
@@ -145,9 +179,10 @@ in_channels=None)
         make_plain(graph)
         return graph.symbol()
     blocks = _blocks_of(net)
-    layers = [block for block in blocks if isinstance(block, SyncBatchNorm)]
+    kinds = SyncBatchNorm, contrib.nn.SyncBatchNorm
+    layers = [block for block in blocks if isinstance(block, kinds)]
     for layer in layers:
-        if type(layer) is not SyncBatchNorm:
+        if type(layer) not in kinds:
             raise ConversionError(
                 f"{layer.name} is a {type(layer).__name__}, which is not known to do what "
                 "SyncBatchNorm does; put SyncBatchNorm in its place"
@@ -155,15 +190,26 @@ in_channels=None)
     graphs = _graphs_of(blocks, make_plain)
 
     def change(layer):
+        if type(layer) is SyncBatchNorm:
+            del layer._kwargs["num_devices"], layer._uses
         layer.__class__ = nn.BatchNorm
-        del layer._kwargs["num_devices"], layer._uses
+        _forget_mxnets(layer)
 
-    _apply(blocks, layers, graphs, change)
+    _apply(blocks[0], layers, graphs, change)
     return net
 
 
+def _forget_mxnets(layer):
+    """Make the settings of MXNet's SyncBatchNorm those of its BatchNorm."""
+    layer._kwargs.setdefault("axis", 1)  # it has no other
+    for name in ("ndev", "key"):
+        layer._kwargs.pop(name, None)
+
+
 def _blocks_of(net):
-    if not hasattr(net, "_children"):
+    if isinstance(net, ModelDataParallel):
+        net = net.net
+    if not isinstance(net, Block):
         raise TypeError(f"net must be a Gluon Block, but is a {type(net).__name__}")
     return blocks_of(net)
 
@@ -179,10 +225,11 @@ def convert_symbol(sym, num_devices=None):
     ----------
     sym : Symbol
         For example from ``mx.sym.load`` or ``mx.model.load_checkpoint``; it is not changed.
+        Layers that are ours already are left as they are.
     num_devices : int or None, default None
         How many devices take part.  For :class:`mxnet.mod.Module`, the number of its contexts;
         None is what :class:`ModelDataParallel` says, and without one the number of visible GPUs,
-        or 1.
+        or 1: in a Module, every CPU context by itself.
 
     Returns
     -------

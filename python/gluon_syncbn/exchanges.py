@@ -3,7 +3,7 @@
 import weakref
 from collections import namedtuple
 
-from mxnet.gluon import SymbolBlock
+from mxnet.gluon import HybridBlock, SymbolBlock
 
 from .graph import Graph
 from .graph_conversion import EXCHANGES, unique_keys
@@ -13,6 +13,7 @@ from .sync_batch_norm import SyncBatchNorm
 Exchange = namedtuple("Exchange", "name key num_devices statistics")
 
 _loaded = weakref.WeakKeyDictionary()  # SymbolBlock -> its exchanges
+_edits = 0
 
 
 def blocks_of(net):
@@ -26,12 +27,30 @@ def blocks_of(net):
     return list(found.values())
 
 
+def edits():
+    """How often any network has been changed: what was traced before is out of date."""
+    return _edits
+
+
+def mark_edited():
+    global _edits
+    _edits += 1
+
+
+def forget_traces(net):
+    """Let every hybridized block be traced anew at its next call."""
+    for block in blocks_of(net):
+        if isinstance(block, HybridBlock):
+            block._clear_cached_op()
+
+
 def set_graph(block, graph):
     """Give a SymbolBlock an edited graph in place of its own."""
     inputs, _ = block._cached_graph
     block._cached_graph = inputs, graph.symbol()
     block._clear_cached_op()
     _loaded.pop(block, None)
+    mark_edited()
 
 
 def _read_graph(block):
@@ -41,6 +60,11 @@ def _read_graph(block):
     """
     graph = Graph(block._cached_graph[1])
     nodes = [node for node in graph.nodes if node.op in EXCHANGES]
+    alone = [
+        Exchange(node.name, node.name, 1, ())
+        for node in graph.nodes
+        if node.op == "_syncbn_batch_norm" and not node.flag("use_global_stats", False)
+    ]
     variances = {
         node.inputs[5][0].name: node.inputs[6][0].name
         for node in graph.nodes
@@ -57,7 +81,7 @@ def _read_graph(block):
         found.append(Exchange(node.name, key, num_devices, statistics))
     if found:
         set_graph(block, graph)
-    return found
+    return found + alone
 
 
 def exchanges_of(net):

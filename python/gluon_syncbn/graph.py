@@ -47,11 +47,12 @@ class Graph:
     Parameters
     ----------
     sym : Symbol
+    remove_amp_cast : bool, default False
+        Leave out the casts of ``mxnet.contrib.amp``.
     """
 
-    def __init__(self, sym):
-        # amp's casts are part of the graph; the default would drop them.
-        content = json.loads(sym.tojson(remove_amp_cast=False))
+    def __init__(self, sym, remove_amp_cast=False):
+        content = json.loads(sym.tojson(remove_amp_cast=remove_amp_cast))
         nodes = []
         for entry in content["nodes"]:
             more = {k: v for k, v in entry.items() if k not in ("op", "name", "attrs", "inputs")}

@@ -24,6 +24,7 @@ _INCONVERTIBLE = {
     "_contrib_BatchNormWithReLU": "it is fused with a relu; use BatchNorm and Activation",
     "_npx_batch_norm": "it belongs to mx.np; use mx.sym.BatchNorm",
 }
+_UNWRAP = "unroll a loop; convert before a graph is fused (optimize_for)"
 EXCHANGES = ("_syncbn_sum", "_contrib_KeyBarrierSum")
 
 _graphs = itertools.count(1)
@@ -36,7 +37,7 @@ class ConversionError(ValueError):
 def unique_keys(keys):
     """Keys that no other graph of this process has: two copies of a file must not meet."""
     number = next(_graphs)
-    return [f"{re.sub('@[0-9]+$', '', key)}@{number}" for key in keys]
+    return [f"{re.sub('@graph[0-9]+$', '', key)}@graph{number}" for key in keys]
 
 
 def _cannot(node, why):
@@ -50,7 +51,7 @@ def _check(graph):
             _cannot(node, _INCONVERTIBLE[node.op])
         inside = node.operators_inside() & {*_CONVERTIBLE, *_INCONVERTIBLE, *EXCHANGES}
         if inside:
-            _cannot(node, f"its body contains {', '.join(sorted(inside))}; unroll it")
+            _cannot(node, f"its body contains {', '.join(sorted(inside))}; {_UNWRAP}")
         if node.op in _CONVERTIBLE:
             if node.flag("output_mean_var", False):
                 _cannot(node, "its mean and variance are used as outputs, which ours does not have")
@@ -113,4 +114,7 @@ def make_plain(graph):
     for node in graph.nodes:
         if node.op in (*EXCHANGES, "_syncbn_moments"):
             _cannot(node, "plain MXNet has no such operator; take it out of the network")
+        inside = {op for op in node.operators_inside() if op in EXCHANGES or "_syncbn_" in op}
+        if inside:
+            _cannot(node, f"its body contains {', '.join(sorted(inside))}; {_UNWRAP}")
     return len(new)

@@ -1,44 +1,61 @@
 """Export for machines without this package: synchronized layers become MXNet's BatchNorm, or go."""
 
-import os
-import tempfile
-
-from mxnet import model, ndarray
+import numpy as np
+from mxnet import ndarray
+from mxnet.contrib.amp.amp import bfloat16
 from mxnet.gluon import HybridBlock
 
 from .device_threads import settle
 from .folding import fold as fold_graph
-from .graph import Graph
+from .graph import Graph, Node
 from .graph_conversion import ConversionError, make_plain
 from .model_data_parallel import ModelDataParallel
 
-
-def _exported(net):
-    """What ``net.export`` writes, as (symbol, {name: NDArray})."""
-    with tempfile.TemporaryDirectory() as folder:
-        prefix = os.path.join(folder, "net")
-        try:
-            net.export(prefix)
-        except RuntimeError as error:
-            if "hybridize" not in str(error):
-                raise
-            raise RuntimeError(
-                f"{net.name} has no graph yet; call net.hybridize() and then the network once, on "
-                "an input of the size it is to be used for, before export_for_inference"
-            ) from None
-        sym, arguments, states = model.load_checkpoint(prefix, 0)
-    return sym, {**arguments, **states}
+_LOW = (np.float16, bfloat16)
 
 
-def _check_shapes(graph, parameters):
-    for node in graph.nodes:
-        if node.op != "BatchNorm":
-            continue
-        shapes = {}
-        for variable, _ in node.inputs[1:]:
-            if variable.name not in parameters:
-                raise ConversionError(f"{node.name}: {variable.name} has no value")
-            shapes[variable.name] = parameters[variable.name].shape
+def _exported(net, remove_amp_cast):
+    """The network's graph, and {name: NDArray} of what it reads."""
+    if not net._cached_graph:
+        raise RuntimeError(
+            f"{net.name} has no graph yet; call net.hybridize() and then the network once before "
+            "export_for_inference"
+        )
+    sym = net._cached_graph[1]
+    names = set(sym.list_inputs())
+    try:
+        parameters = {
+            name: parameter._reduce()  # over the devices
+            for name, parameter in net.collect_params().items()
+            if name in names
+        }
+    except RuntimeError as error:  # also what it says of deferred initialization
+        raise RuntimeError(
+            f"{net.name} has parameters without values; initialize or load them, and call the "
+            f"network once, before export_for_inference: {error}"
+        ) from None
+    with_casts = Graph(sym)
+    if not remove_amp_cast or all(node.op != "amp_cast" for node in with_casts.nodes):
+        return with_casts, parameters
+    # Without the casts all is float32, parameters that amp has cast included.
+    parameters = {
+        name: ndarray.amp_cast(value, dtype="float32") if value.dtype in _LOW else value
+        for name, value in parameters.items()
+    }
+    return Graph(sym, remove_amp_cast=True), parameters
+
+
+def _norms(graph):
+    return [node for node in graph.nodes if node.op == "BatchNorm"]
+
+
+def _check(graph, parameters):
+    for node in _norms(graph):
+        shapes = {
+            variable.name: parameters[variable.name].shape
+            for variable, _ in node.inputs[1:]
+            if variable.name in parameters  # else it is computed, or an input
+        }
         if len(set(shapes.values())) > 1:
             described = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             raise ConversionError(
@@ -47,15 +64,26 @@ def _check_shapes(graph, parameters):
             )
 
 
-def _fix_gammas(graph, parameters):
+def _write_ones(graph, parameters):
     """Write what fix_gamma means: other readers of the file, as ONNX's, take gamma as it is."""
-    for node in graph.nodes:
-        if node.op == "BatchNorm" and node.flag("fix_gamma", True):
-            gamma = node.inputs[1][0].name
-            parameters[gamma] = ndarray.ones_like(parameters[gamma])
+    uses = graph.uses()
+    for node in _norms(graph):
+        gamma, _ = node.inputs[1]
+        if not node.flag("fix_gamma", True) or gamma.name not in parameters:
+            continue
+        ones = ndarray.ones_like(parameters[gamma.name])
+        readers = [reader for reader, _ in uses[id(gamma)]]
+        if all(
+            r is not None and r.op == "BatchNorm" and r.flag("fix_gamma", True) for r in readers
+        ):
+            parameters[gamma.name] = ones
+        else:
+            own = Node("null", f"{node.name}_ones")
+            parameters[own.name] = ones
+            node.inputs[1] = own, 0
 
 
-def export_for_inference(net, path, epoch=0, fold=False):
+def export_for_inference(net, path, epoch=0, fold=False, remove_amp_cast=True):
     """Write a symbol and parameters that MXNet loads without this package.
 
     As ``net.export``, with every synchronized batch normalization a plain ``BatchNorm`` node.
@@ -70,6 +98,9 @@ def export_for_inference(net, path, epoch=0, fold=False):
     fold : bool, default False
         Fold each batch normalization into the convolution or dense layer right before it, where
         there is one and nothing else reads its output.  The rest stay ``BatchNorm`` nodes.
+    remove_amp_cast : bool, default True
+        As for ``net.export``: leave out the casts of ``mxnet.contrib.amp``; all parameters are then
+        float32.  False keeps both, casts and the dtypes of the parameters.
 
     Returns
     -------
@@ -81,10 +112,11 @@ def export_for_inference(net, path, epoch=0, fold=False):
     TypeError
         If ``net`` is no HybridBlock.
     RuntimeError
-        If the network has no graph yet.
+        If the network has no graph, or parameters without values.
     ConversionError
         A ValueError: if the graph has an operator of this package that is no batch normalization
-        (KeyBarrierSum), or parameters that do not fit each other.  Nothing is written then.
+        (KeyBarrierSum), or in a loop, or parameters that do not fit each other.  Nothing is written
+        then.
 
     Notes
     -----
@@ -109,17 +141,16 @@ def export_for_inference(net, path, epoch=0, fold=False):
     if not isinstance(net, HybridBlock):
         raise TypeError(f"net must be a HybridBlock, but is a {type(net).__name__}")
     settle()  # a graph with static_shape writes statistics behind the engine's back
-    sym, parameters = _exported(net)
-    graph = Graph(sym)
+    graph, parameters = _exported(net, remove_amp_cast)
     make_plain(graph)
-    _check_shapes(graph, parameters)
-    _fix_gammas(graph, parameters)
+    _check(graph, parameters)
+    _write_ones(graph, parameters)
     if fold:
         fold_graph(graph, parameters)
     sym = graph.symbol()
     saved = {f"arg:{name}": parameters[name] for name in sym.list_arguments() if name in parameters}
     saved.update({f"aux:{name}": parameters[name] for name in sym.list_auxiliary_states()})
     files = f"{path}-symbol.json", f"{path}-{epoch:04d}.params"
-    sym.save(files[0])
+    sym.save(files[0], remove_amp_cast=False)
     ndarray.save(files[1], saved)
     return files

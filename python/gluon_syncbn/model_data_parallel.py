@@ -6,7 +6,7 @@ from mxnet import autograd, ndarray
 from mxnet.gluon import Block
 
 from . import device_threads, random_state
-from .exchanges import exchanges_of
+from .exchanges import edits, exchanges_of, forget_traces
 from .first_call import FirstCall
 from .key_barrier import BARRIER
 from .keyword_arguments import call
@@ -91,6 +91,7 @@ class ModelDataParallel:
         self._first_call = FirstCall(net, self._call)
         self._mode = None
         self._failures = BARRIER.failures
+        self._edits = 0
         self._exchanges()
 
     def __getattr__(self, name):
@@ -104,9 +105,12 @@ class ModelDataParallel:
     def __call__(self, *args, **kwargs):
         shares = split(self.ctx_list, args, kwargs)
         self._raise_failures()
+        exchanges = self._exchanges()
+        if self._edits != edits():  # a part of the network may have been converted since
+            forget_traces(self.net)
+            self._edits = edits()
         if len(self.ctx_list) > 1:
             self._first_call.prepare(shares[0], self.ctx_list)
-        exchanges = self._exchanges()
         keys = [e.key for e in exchanges]
         self._enter_mode(keys, len(shares))
         outputs = self._run(shares, keys)
@@ -159,7 +163,8 @@ class ModelDataParallel:
                 raise ValueError(
                     f"{e.name} has num_devices={e.num_devices}, but ctx_list has "
                     f"{len(self.ctx_list)} devices; give it num_devices=None or "
-                    f"{len(self.ctx_list)}"
+                    f"{len(self.ctx_list)} (a converted network: revert_batchnorm, then convert it "
+                    "anew)"
                 )
         return exchanges
 
