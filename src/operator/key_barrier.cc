@@ -151,11 +151,15 @@ void KeyBarrier::Tell(Ended ended) {
   for (auto& round : ended.complete) Complete(std::move(round));
 }
 
-void KeyBarrier::Complete(Round round) {
-  auto& present = round.present;
-  std::sort(present.begin(), present.end(), [](const Present& a, const Present& b) {
+void KeyBarrier::SortByParticipant(std::vector<Present>* present) {
+  std::sort(present->begin(), present->end(), [](const Present& a, const Present& b) {
     return a.arrival.participant < b.arrival.participant;
   });
+}
+
+void KeyBarrier::Complete(Round round) {
+  auto& present = round.present;
+  SortByParticipant(&present);
   std::vector<double>& total = present.front().arrival.values;
   for (std::size_t i = 1; i < present.size(); ++i) {
     const std::vector<double>& values = present[i].arrival.values;
@@ -196,6 +200,7 @@ std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
     auto& rounds = lane->second;
     for (auto round = rounds.begin(); round != rounds.end();) {
       if (predicate(round->present.front().arrival.key, round->opened)) {
+        SortByParticipant(&round->present);
         std::ostringstream os;
         os << Describe(round->present.front().arrival) << why << " Arrived:";
         for (const auto& p : round->present) os << ' ' << p.arrival.name;

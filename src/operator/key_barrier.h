@@ -123,6 +123,7 @@ class KeyBarrier {
   void Advance(Ended* ended);
   void Join(Present present, Ended* ended);
   static void Tell(Ended ended);
+  static void SortByParticipant(std::vector<Present>* present);
   static void Complete(Round round);
   // `pause`: see the definition.
   static void Fail(std::vector<FailedRound> failed, std::chrono::milliseconds pause);

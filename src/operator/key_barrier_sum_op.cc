@@ -9,6 +9,7 @@
 #include <atomic>
 #include <chrono>
 #include <memory>
+#include <mutex>
 #include <sstream>
 #include <string>
 #include <thread>
@@ -54,7 +55,7 @@ std::uint64_t Participant(const mxnet::Context& context) {
 }
 
 int NumDevices(const KeyBarrierSumParam& param) {
-  const int members = ProcessBarrier().Members(param.key);
+  const int members = ProcessBarrier()->Members(param.key);
   if (members > 0) return members;
   return param.num_devices > 0 ? param.num_devices : std::max(VisibleGpus(), 1);
 }
@@ -93,16 +94,54 @@ std::vector<double> Read(const mxnet::TBlob& from) {
   return std::vector<double>(values, values + from.Size());
 }
 
-// Stays a moment where the others are about to come: a worker that goes to sleep and is woken again
-// takes longer than most rounds.  Nobody depends on it, so nothing can deadlock.
-void LingerFor(const std::atomic<bool>& met, int num_devices) {
-  static const int cores = static_cast<int>(std::thread::hardware_concurrency());
-  if (num_devices > cores) return;  // the others need this core
-  const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
-  while (!met.load(std::memory_order_acquire) && std::chrono::steady_clock::now() < end) {
-    std::this_thread::yield();
+// Who completes a call: its own thread, as the last thing that it does, if the round is complete by
+// then; else whoever completes the round.  Never another thread while the call is still running:
+// MXNet looks at its own record of the call when that returns, and a graph that is freed as soon as
+// its result is there would take the record away.
+class Handoff {
+ public:
+  explicit Handoff(const mxnet::engine::CallbackOnComplete& on_complete)
+      : on_complete_(on_complete) {}
+
+  // From any thread, once: the result is written, or `error` says why not (empty: none).
+  void Ready(const std::string& error) {
+    error_ = error;
+    if (state_.exchange(kReady) == kLeft) Complete();
   }
-}
+
+  // From the call's thread, at its end.  It stays a moment where the others are about to come: a
+  // worker that goes to sleep and is woken again takes longer than most rounds.  Nobody depends on
+  // its staying, so nothing can deadlock.
+  void Leave(int num_devices) {
+    static const int cores = static_cast<int>(std::thread::hardware_concurrency());
+    if (num_devices <= cores) {  // else the others need this core
+      const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+      while (state_.load() != kReady && std::chrono::steady_clock::now() < end) {
+        std::this_thread::yield();
+      }
+    }
+    if (state_.exchange(kLeft) == kReady) Complete();
+  }
+
+ private:
+  enum State { kInside, kLeft, kReady };
+
+  void Complete() {
+    if (error_.empty()) {
+      on_complete_();
+    } else {
+      // The engine keeps a list of failures without a lock; see KeyBarrier::Fail.
+      static std::mutex one_at_a_time;
+      const std::lock_guard<std::mutex> lock(one_at_a_time);
+      const dmlc::Error error(error_);
+      on_complete_(&error);
+    }
+  }
+
+  const mxnet::engine::CallbackOnComplete on_complete_;
+  std::string error_;
+  std::atomic<State> state_{kInside};
+};
 
 // `only_counted`: sum only vectors that end in a count above 0, as SyncBatchNorm's statistics do.
 class KeyBarrierSumOp : public mxnet::Operator {
@@ -115,10 +154,10 @@ class KeyBarrierSumOp : public mxnet::Operator {
     NeedCpu(context);
     // Created where the program calls it, run when its input is ready: the turn keeps the order of
     // the program.  A layer's calls are kept in order by the engine, see SyncBNSumProperty.
-    if (!only_counted_) turn_ = ProcessBarrier().Reserve(param_.key, param_.call, participant_);
+    if (!only_counted_) turn_ = barrier_->Reserve(param_.key, param_.call, participant_);
   }
   ~KeyBarrierSumOp() override {
-    if (turn_ != 0) ProcessBarrier().Release(param_.key, param_.call, participant_, turn_);
+    if (turn_ != 0) barrier_->Release(param_.key, param_.call, participant_, turn_);
   }
 
   void Forward(const mxnet::OpContext& ctx, const std::vector<mxnet::TBlob>& in_data,
@@ -126,11 +165,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
                const std::vector<mxnet::TBlob>&) override {
     std::vector<double> values = Read(in_data[0]);
     exchanged_ = !only_counted_ || values.back() > 0;
-    if (!exchanged_) {
-      Write(req[0], values, out_data[0]);
-      ctx.async_on_complete();
-      return;
-    }
+    if (!exchanged_) return Pass(values, ctx, req[0], out_data[0]);
     const int num_devices = NumDevices(param_);
     RefuseNaiveEngine(num_devices);
     const std::uint64_t turn = turn_;
@@ -145,42 +180,39 @@ class KeyBarrierSumOp : public mxnet::Operator {
                 const std::vector<mxnet::OpReqType>& req, const std::vector<mxnet::TBlob>& in_grad,
                 const std::vector<mxnet::TBlob>&) override {
     std::vector<double> values = Read(out_grad[0]);
-    if (!exchanged_) {
-      Write(req[0], values, in_grad[0]);
-      ctx.async_on_complete();
-      return;
-    }
+    if (!exchanged_) return Pass(values, ctx, req[0], in_grad[0]);
     Exchange({param_.key, param_.call, round_, participant_, name_, round_devices_,
               std::move(values), 0},
              ctx, req[0], in_grad[0]);
   }
 
  private:
+  static void Pass(const std::vector<double>& values, const mxnet::OpContext& ctx,
+                   mxnet::OpReqType req, const mxnet::TBlob& to) {
+    Write(req, values, to);
+    ctx.async_on_complete();
+  }
+
   // The engine keeps this operator, and the output's memory, until the completion is called.
   void Exchange(Arrival arrival, const mxnet::OpContext& ctx, mxnet::OpReqType req,
                 const mxnet::TBlob& to) {
     const bool forward = arrival.lane == 0;
-    const auto on_complete = ctx.async_on_complete;
     const int num_devices = arrival.num_devices;
-    const auto met = std::make_shared<std::atomic<bool>>(false);
-    ProcessBarrier().Arrive(std::move(arrival),
-                            [this, forward, on_complete, req, to, met](const Outcome& outcome) {
-                              if (outcome.total == nullptr) {
-                                const dmlc::Error error(outcome.error);
-                                on_complete(&error);
-                                return;
-                              }
-                              if (forward) {
-                                round_ = outcome.round;
-                                round_devices_ = outcome.num_devices;
-                              }
-                              Write(req, *outcome.total, to);
-                              on_complete();
-                              met->store(true, std::memory_order_release);
-                            });
-    LingerFor(*met, num_devices);
+    const auto handoff = std::make_shared<Handoff>(ctx.async_on_complete);
+    barrier_->Arrive(std::move(arrival), [this, forward, req, to, handoff](const Outcome& outcome) {
+      if (outcome.total != nullptr) {
+        if (forward) {
+          round_ = outcome.round;
+          round_devices_ = outcome.num_devices;
+        }
+        Write(req, *outcome.total, to);
+      }
+      handoff->Ready(outcome.error);
+    });
+    handoff->Leave(num_devices);  // `this` may be gone now
   }
 
+  const std::shared_ptr<KeyBarrier> barrier_ = ProcessBarrier();
   const KeyBarrierSumParam param_;
   const std::uint64_t participant_;
   const std::string name_;

@@ -23,8 +23,8 @@ void RegisterLegacyOpProp();
 
 namespace gluon_syncbn {
 
-KeyBarrier& ProcessBarrier() {
-  static KeyBarrier barrier([] {
+std::shared_ptr<KeyBarrier> ProcessBarrier() {
+  static const auto barrier = std::make_shared<KeyBarrier>([] {
     const char* value = std::getenv("GLUON_SYNCBN_TIMEOUT");
     const double seconds = value == nullptr ? 0.0 : std::atof(value);
     return seconds > 0 ? seconds : 120.0;  // Python has refused what is no positive number
@@ -68,7 +68,9 @@ GLUON_SYNCBN_API int GluonSyncBNRegisterOperators() {
 // The functions below take a barrier, or null for the process's own.
 using Barrier = KeyBarrier*;
 
-static KeyBarrier& Get(Barrier barrier) { return barrier == nullptr ? ProcessBarrier() : *barrier; }
+static KeyBarrier& Get(Barrier barrier) {
+  return barrier == nullptr ? *ProcessBarrier() : *barrier;
+}
 
 GLUON_SYNCBN_API Barrier GluonSyncBNBarrierCreate(double timeout_seconds) {
   return std::make_unique<KeyBarrier>(timeout_seconds).release();
