@@ -187,6 +187,7 @@ def draw(report, path):
         axes.bar(places, [v for v in values if v], width, label=label)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_yscale("log")
+    axes.set_ylim(top=4 * axes.get_ylim()[1])  # room for the legend
     axes.set_ylabel("time, as multiples of the floor")
     axes.set_xticks(range(len(table["rows"])), [row[0] for row in table["rows"]], fontsize=8)
     axes.legend(fontsize=8, ncols=4)
