@@ -1,5 +1,9 @@
 """KeyBarrierSum as users call it, imperatively and in a graph."""
 
+import os
+import subprocess
+import sys
+
 import mxnet as mx
 import numpy as np
 import pytest
@@ -169,3 +173,41 @@ def test_different_shapes_and_numbers_are_refused():
     for y in ys:
         with pytest.raises(mx.MXNetError, match="same num_devices"):
             y.asnumpy()
+
+
+# MXNet looks at its own record of a call when that returns.  When calls were complete before that,
+# the graph could be gone by then, and the heap was corrupted.
+FREED_AT_ONCE = """
+import mxnet as mx
+import gluon_syncbn
+contexts = [mx.cpu(0), mx.cpu(1)]
+x = mx.sym.Variable("x")
+for i in range(400):
+    y = mx.sym.contrib.KeyBarrierSum(x, key=f"k{i}", num_devices=2)
+    executors = [
+        y.bind(c, {"x": mx.nd.ones(3, ctx=c)}, {"x": mx.nd.zeros(3, ctx=c)}) for c in contexts
+    ]
+    for executor in executors:
+        executor.forward(is_train=True)
+    for executor, context in zip(executors, contexts):
+        executor.backward(mx.nd.ones(3, ctx=context))
+    gradients = [executor.grad_dict["x"].asnumpy().tolist() for executor in executors]
+    assert gradients == [[2, 2, 2]] * 2, gradients
+    del executors, executor
+"""
+
+
+def test_graphs_that_are_freed_as_soon_as_their_result_is_there():
+    """More processes than cores, so that a thread is held up anywhere; freed memory is cleared."""
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", FREED_AT_ONCE],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "MALLOC_PERTURB_": "255"},
+        )
+        for _ in range(4)
+    ]
+    for run in runs:
+        _, printed = run.communicate(timeout=120)
+        assert run.returncode == 0, printed

@@ -94,19 +94,19 @@ std::vector<double> Read(const mxnet::TBlob& from) {
   return std::vector<double>(values, values + from.Size());
 }
 
-// Who completes a call: its own thread, as the last thing that it does, if the round is complete by
-// then; else whoever completes the round.  Never another thread while the call is still running:
-// MXNet looks at its own record of the call when that returns, and a graph that is freed as soon as
-// its result is there would take the record away.
+// Completes a call: only after it has returned, because MXNet looks at its own record of the call
+// then, and a graph that is freed as soon as its result is there would take the record away.  So
+// the completion is queued behind the call, to the worker of its device, as an operation of its
+// own.  (With MXEnginePushSync, MXNet might put it into one bulk with those who wait for it.)
 class Handoff {
  public:
-  explicit Handoff(const mxnet::engine::CallbackOnComplete& on_complete)
-      : on_complete_(on_complete) {}
+  explicit Handoff(const mxnet::OpContext& ctx)
+      : context_(ctx.run_ctx.ctx), on_complete_(ctx.async_on_complete) {}
 
   // From any thread, once: the result is written, or `error` says why not (empty: none).
   void Ready(const std::string& error) {
     error_ = error;
-    if (state_.exchange(kReady) == kLeft) Complete();
+    if (state_.exchange(kReady) == kLeft) Queue();
   }
 
   // From the call's thread, at its end.  It stays a moment where the others are about to come: a
@@ -120,24 +120,40 @@ class Handoff {
         std::this_thread::yield();
       }
     }
-    if (state_.exchange(kLeft) == kReady) Complete();
+    if (state_.exchange(kLeft) == kReady) Queue();
   }
 
  private:
   enum State { kInside, kLeft, kReady };
 
-  void Complete() {
-    if (error_.empty()) {
-      on_complete_();
-    } else {
+  struct Completion {
+    mxnet::engine::CallbackOnComplete on_complete;
+    std::string error;
+
+    void Call() const {
+      if (error.empty()) return on_complete();
       // The engine keeps a list of failures without a lock; see KeyBarrier::Fail.
       static std::mutex one_at_a_time;
       const std::lock_guard<std::mutex> lock(one_at_a_time);
-      const dmlc::Error error(error_);
-      on_complete_(&error);
+      const dmlc::Error failure(error);
+      on_complete(&failure);
     }
+  };
+
+  void Queue() {
+    auto completion = std::make_unique<Completion>(Completion{on_complete_, std::move(error_)});
+    const int failed = MXEnginePushAsync(
+        [](void*, void* done, void* completion) {
+          static_cast<Completion*>(completion)->Call();
+          (*static_cast<mxnet::engine::CallbackOnComplete*>(done))();
+        },
+        completion.get(), [](void* completion) { delete static_cast<Completion*>(completion); },
+        &context_, nullptr, 0, nullptr, 0);
+    if (failed != 0) return completion->Call();
+    completion.release();  // the engine deletes it
   }
 
+  mxnet::Context context_;
   const mxnet::engine::CallbackOnComplete on_complete_;
   std::string error_;
   std::atomic<State> state_{kInside};
@@ -198,7 +214,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
                 const mxnet::TBlob& to) {
     const bool forward = arrival.lane == 0;
     const int num_devices = arrival.num_devices;
-    const auto handoff = std::make_shared<Handoff>(ctx.async_on_complete);
+    const auto handoff = std::make_shared<Handoff>(ctx);
     barrier_->Arrive(std::move(arrival), [this, forward, req, to, handoff](const Outcome& outcome) {
       if (outcome.total != nullptr) {
         if (forward) {
