@@ -198,7 +198,7 @@ def test_accumulated_gradients_stay_where_a_device_has_no_input(two, rng):
 def test_inference_between_training_steps(hybridize, two, rng):
     """A graph with static_shape has one flag for all its runs: none may see another's."""
     net = convolutional(widths=(8, 8, 8, 8))
-    net.add(nn.Dense(64), nn.Dense(64), SyncBatchNorm())
+    net.add(nn.Dense(64), nn.Dense(64), SyncBatchNorm(epsilon=1e-9))
     net.initialize(mx.init.Xavier(magnitude=20), ctx=two)
     if hybridize:
         net.hybridize(**hybridize)
