@@ -7,7 +7,8 @@ VENV ?= .venv$(if $(filter-out mxnet,$(MXNET)),-$(MXNET))
 BIN := $(VENV)/bin
 LIBRARY := python/gluon_syncbn/libgluon_syncbn.so
 SOURCES := CMakeLists.txt $(wildcard src/operator/*)
-CXX_FILES := $(wildcard src/operator/*.h src/operator/*.inc src/operator/*.cc benchmarks/*.cc)
+CXX_FILES := $(wildcard src/operator/*.h src/operator/*.inc src/operator/*.cc src/operator/*.cu* benchmarks/*.cc) \
+  $(wildcard tests/cuda_emulation/*)
 BENCH_ARGS ?=
 EXAMPLE_ARGS ?=
 TEST_ARGS ?=

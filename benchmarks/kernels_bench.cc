@@ -35,7 +35,7 @@ BENCH_API void BenchKernels(int which, int type, std::size_t outer, std::size_t 
   const DataType t = static_cast<DataType>(type);
   const FeatureShape shape{outer, channels, inner};
   const double epsilon = 1e-5, momentum = 0.9;
-  if (which == 0 || which == 1) Run(Cpu(), MomentsForward{t, shape, x, x, statistics});
+  if (which == 0 || which == 1) Run(Cpu(), MomentsForward{t, shape, x, x, true, statistics});
   if (which == 0 || which == 2) {
     Run(Cpu(), NormalizeForward{t, shape, epsilon, momentum, false, x, statistics, gamma, beta,
                                 moving_mean, moving_var, Request::kWrite, y});

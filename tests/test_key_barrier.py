@@ -25,7 +25,7 @@ class Barrier:
     def close(self):
         LIBRARY.GluonSyncBNBarrierFree(self.handle)
 
-    def arrive(self, participant, values, num_devices, key="k", lane=0):
+    def arrive(self, participant, values, num_devices, key="k", lane=0, kind="cpu"):
         """Arrive and return a dict that is filled when the round ends."""
         values = np.ascontiguousarray(values, "float64")
         out = {"event": threading.Event()}
@@ -42,6 +42,7 @@ class Barrier:
             key.encode(),
             lane,
             participant,
+            kind.encode(),
             f"device {participant}".encode(),
             num_devices,
             values.ctypes.data_as(ctypes.POINTER(ctypes.c_double)),
@@ -200,3 +201,15 @@ def test_close_fails_all(barrier):
     assert "the end" in waiting["error"]
     (late,) = wait(barrier.arrive(0, [1], 1))
     assert late["error"] == "the end"
+
+
+def test_devices_of_two_kinds_do_not_meet(barrier):
+    first = barrier.arrive(0, [1.0], 3)
+    second = barrier.arrive(1, [1.0], 3, kind="gpu")
+    for out in wait(first, second):
+        assert out["total"] is None
+        assert "device 0 and device 1 cannot meet" in out["error"]
+        assert "all devices of a key must be of one kind, cpu or gpu" in out["error"]
+    others = [barrier.arrive(i, [1.0], 2, kind="gpu") for i in range(2)]
+    for out in wait(*others):
+        np.testing.assert_array_equal(out["total"], [2.0])

@@ -211,3 +211,20 @@ def test_graphs_that_are_freed_as_soon_as_their_result_is_there():
     for run in runs:
         _, printed = run.communicate(timeout=120)
         assert run.returncode == 0, printed
+
+
+def test_a_process_that_ends_in_the_middle():
+    """What is queued is not run any more then; what waits for it must end all the same."""
+    script = """
+import mxnet as mx
+import gluon_syncbn
+contexts = [mx.cpu(0), mx.cpu(1)]
+large = [mx.nd.ones((2000, 2000), ctx=c) for c in contexts]
+xs = [mx.nd.ones(3, ctx=c) for c in contexts]
+mx.nd.waitall()
+for x in large:
+    mx.nd.dot(x, x)  # keeps the device's worker busy until the process ends
+for x in xs:
+    mx.nd.contrib.KeyBarrierSum(x, key="k", num_devices=2)
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0

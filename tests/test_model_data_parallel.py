@@ -505,6 +505,7 @@ def test_interrupting_a_call_leaves_a_working_model():
     script = """
 import os, signal, threading, time, mxnet as mx
 from gluon_syncbn import ModelDataParallel, SyncBatchNorm
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job in the background
 contexts = [mx.cpu(0), mx.cpu(1)]
 class Slow(mx.gluon.Block):
     slow = False

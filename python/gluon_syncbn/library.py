@@ -49,6 +49,7 @@ _SIGNATURES = {
             ctypes.c_ulonglong,
             ctypes.c_ulonglong,
             ctypes.c_char_p,
+            ctypes.c_char_p,
             ctypes.c_int,
             ctypes.POINTER(ctypes.c_double),
             ctypes.c_size_t,

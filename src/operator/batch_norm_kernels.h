@@ -13,8 +13,8 @@
 // quantity: it is taken first, with the mean as a pair of numbers, so that nothing is lost when
 // the data lie far from zero.
 //
-// These functions know no MXNet.  `Device` is Cpu below; another device brings its own tag, with a
-// stream in it, and its own definitions of the same four functions.
+// These functions know no MXNet.  Each takes the device that it runs on, and all pointers are to
+// that device's memory.
 #pragma once
 
 #include <cstddef>
@@ -39,6 +39,13 @@ struct FeatureShape {
 
 struct Cpu {};
 
+// The kernels are queued on the stream and have not run yet when the call returns.  What they read
+// and write must stay until then.  The functions throw std::runtime_error where CUDA fails.
+struct Gpu {
+  int device;
+  void* stream;  // a cudaStream_t
+};
+
 // The statistics that travel: sum(x), sum(x^2) per channel, then the count.
 // A count of 0 says that nobody measured: the moving statistics are used.
 inline std::size_t StatisticsSize(std::size_t channels) { return 2 * channels + 1; }
@@ -50,7 +57,8 @@ struct MomentsForward {
   DataType type;
   FeatureShape shape;
   const void* x;
-  void* copy;  // x handed through; x itself or null: nothing is written
+  void* copy;    // x handed through; x itself or null: nothing is written
+  bool measure;  // false: the statistics become zeros, their count, too
   double* statistics;
 };
 
@@ -109,51 +117,22 @@ struct MomentsBackward {
   void* dx;  // may be dy itself
 };
 
-// Both forward kernels, for a device that has nobody to wait for between them.
-struct BatchNormForward {
-  DataType type;
-  FeatureShape shape;
-  double epsilon;
-  double momentum;
-  bool fix_gamma;
-  const void* x;
-  const void* gamma;
-  const void* beta;
-  void* moving_mean;
-  void* moving_var;
-  Request y_request;
-  void* y;
-  double* statistics;  // of LocalStatisticsSize, for the backward pass; null: the moving statistics
-};
-
-// Both backward kernels, likewise.
-struct BatchNormBackward {
-  DataType type;
-  FeatureShape shape;
-  double epsilon;
-  bool fix_gamma;
-  const void* dy;
-  const void* x;
-  const double* statistics;  // what BatchNormForward left
-  const void* gamma;
-  const void* moving_mean;
-  const void* moving_var;
-  Request dx_request;
-  void* dx;  // may be dy itself
-  Request gamma_request;
-  void* gamma_grad;
-  Request beta_request;
-  void* beta_grad;
-};
-
-// In an order of the device's own.
-inline std::size_t LocalStatisticsSize(std::size_t channels) { return 3 * channels; }
-
 void Run(Cpu, const MomentsForward& kernel);
 void Run(Cpu, const NormalizeForward& kernel);
 void Run(Cpu, const NormalizeBackward& kernel);
 void Run(Cpu, const MomentsBackward& kernel);
-void Run(Cpu, const BatchNormForward& kernel);
-void Run(Cpu, const BatchNormBackward& kernel);
+void Run(const Gpu&, const MomentsForward& kernel);
+void Run(const Gpu&, const NormalizeForward& kernel);
+void Run(const Gpu&, const NormalizeBackward& kernel);
+void Run(const Gpu&, const MomentsBackward& kernel);
+
+// Both forward kernels and both backward kernels, for a device that has nobody to wait for between
+// them.  The forward leaves its statistics in `statistics`, of LocalStatisticsSize and in an order
+// of the device's own, and the backward takes them from its kernel; null: the moving statistics.
+inline std::size_t LocalStatisticsSize(std::size_t channels) { return 3 * channels; }
+void RunAlone(Cpu, const NormalizeForward& kernel, double* statistics);
+void RunAlone(Cpu, const NormalizeBackward& kernel);
+void RunAlone(const Gpu&, const NormalizeForward& kernel, double* statistics);
+void RunAlone(const Gpu&, const NormalizeBackward& kernel);
 
 }  // namespace gluon_syncbn

@@ -205,6 +205,13 @@ void RunTyped(const MomentsForward& k) {
   const std::size_t channels = k.shape.channels;
   const T* x = static_cast<const T*>(k.x);
   T* copy = static_cast<T*>(k.copy);
+  if (!k.measure) {
+    std::fill_n(k.statistics, StatisticsSize(channels), 0.0);
+    if (copy != nullptr && copy != x) {
+      ParallelFor(tiles.count(), [&](std::size_t i) { CopyTile(tiles[i], x, copy); });
+    }
+    return;
+  }
   SumTiles(tiles, x, x, k.statistics, k.statistics + channels, channels,
            [=](const FeatureTile& tile) {
              if (copy != nullptr && copy != x) CopyTile(tile, x, copy);

@@ -1,6 +1,6 @@
 // _syncbn_batch_norm: the whole layer where there is nobody to meet.
 //
-//   forward   data, gamma, beta -> output; moves the moving statistics
+//   forward   data, gamma, beta -> output and, hidden, the statistics; moves the moving statistics
 //   backward  dy -> the gradients of data, gamma and beta
 //
 // For one device, and for layers that normalize by their moving statistics in training, too
@@ -10,12 +10,13 @@
 #include <vector>
 
 #include "batch_norm_property.h"
-#include "huge_pages.h"
+#include "operator_device.h"
 
 namespace gluon_syncbn {
 namespace {
 
 enum Arguments { kData, kGamma, kBeta };
+enum Outputs { kOutput, kStatistics };
 
 struct BatchNormParam : public dmlc::Parameter<BatchNormParam> {
   int axis;
@@ -38,64 +39,30 @@ struct BatchNormParam : public dmlc::Parameter<BatchNormParam> {
 class BatchNormOp : public mxnet::Operator {
  public:
   BatchNormOp(const BatchNormParam& param, const mxnet::Context& context) : param_(param) {
-    NeedCpu(context);
+    NeedDevice(context);
   }
 
-  void Forward(const mxnet::OpContext& ctx, const std::vector<mxnet::TBlob>& in_data,
-               const std::vector<mxnet::OpReqType>& req, const std::vector<mxnet::TBlob>& out_data,
-               const std::vector<mxnet::TBlob>& aux) override {
+  void Forward(const mxnet::OpContext& ctx, const Blobs& in_data, const Requests& req,
+               const Blobs& out_data, const Blobs& aux) override {
     const mxnet::TBlob& x = in_data[kData];
-    BatchNormForward k{};
-    k.type = ToDataType(x.type_flag_);
-    k.shape = ToFeatureShape(x.shape_, param_.axis);
-    k.epsilon = param_.eps;
-    k.momentum = param_.momentum;
-    k.fix_gamma = param_.fix_gamma;
-    k.x = x.dptr_;
-    k.gamma = in_data[kGamma].dptr_;
-    k.beta = in_data[kBeta].dptr_;
-    k.moving_mean = aux[kMovingMean].dptr_;
-    k.moving_var = aux[kMovingVar].dptr_;
-    k.y_request = ToRequest(req[0]);
-    k.y = out_data[0].dptr_;
-    PreferHugePages(out_data[0]);
-    const bool measure = ctx.is_train && !param_.use_global_stats;
-    if (measure && x.Size() == 0) RaiseEmpty(x.shape_);
-    statistics_.resize(measure ? LocalStatisticsSize(k.shape.channels) : 0);
-    k.statistics = measure ? statistics_.data() : nullptr;
-    Run(Cpu(), k);
+    measured_ = ctx.is_train && !param_.use_global_stats;
+    if (measured_ && x.Size() == 0) RaiseEmpty(x.shape_);
+    const NormalizeForward k = ForwardKernel(param_, in_data, req, out_data, aux);
+    double* statistics = measured_ ? out_data[kStatistics].dptr<double>() : nullptr;
+    OnDevice(ctx, [&](const auto& device) { RunAlone(device, k, statistics); });
   }
 
-  void Backward(const mxnet::OpContext&, const std::vector<mxnet::TBlob>& out_grad,
-                const std::vector<mxnet::TBlob>& in_data, const std::vector<mxnet::TBlob>&,
-                const std::vector<mxnet::OpReqType>& req, const std::vector<mxnet::TBlob>& in_grad,
-                const std::vector<mxnet::TBlob>& aux) override {
-    const mxnet::TBlob& x = in_data[kData];
-    BatchNormBackward k{};
-    k.type = ToDataType(x.type_flag_);
-    k.shape = ToFeatureShape(x.shape_, param_.axis);
-    k.epsilon = param_.eps;
-    k.fix_gamma = param_.fix_gamma;
-    k.dy = out_grad[0].dptr_;
-    k.x = x.dptr_;
-    k.statistics = statistics_.empty() ? nullptr : statistics_.data();
-    k.gamma = in_data[kGamma].dptr_;
-    k.moving_mean = aux[kMovingMean].dptr_;
-    k.moving_var = aux[kMovingVar].dptr_;
-    k.dx_request = ToRequest(req[kData]);
-    k.dx = in_grad[kData].dptr_;
-    PreferHugePages(in_grad[kData]);
-    k.gamma_request = ToRequest(req[kGamma]);
-    k.gamma_grad = in_grad[kGamma].dptr_;
-    k.beta_request = ToRequest(req[kBeta]);
-    k.beta_grad = in_grad[kBeta].dptr_;
-    Run(Cpu(), k);
+  void Backward(const mxnet::OpContext& ctx, const Blobs& out_grad, const Blobs& in_data,
+                const Blobs& out_data, const Requests& req, const Blobs& in_grad,
+                const Blobs& aux) override {
+    NormalizeBackward k = BackwardKernel(param_, out_grad, in_data, req, in_grad, aux);
+    k.statistics = measured_ ? out_data[kStatistics].dptr<double>() : nullptr;
+    OnDevice(ctx, [&](const auto& device) { RunAlone(device, k); });
   }
 
  private:
   const BatchNormParam param_;
-  // Of the last forward, for its backward; empty: it normalized by the moving statistics.
-  std::vector<double> statistics_;
+  bool measured_ = false;  // the last forward, for its backward; else by the moving statistics
 };
 
 class BatchNormOpProperty : public BatchNormProperty<BatchNormOpProperty, BatchNormParam> {
@@ -106,11 +73,32 @@ class BatchNormOpProperty : public BatchNormProperty<BatchNormOpProperty, BatchN
   }
 
   std::vector<std::string> ListArguments() const override { return {"data", "gamma", "beta"}; }
+  std::vector<std::string> ListOutputs() const override { return {"output", "statistics"}; }
+  int NumVisibleOutputs() const override { return 1; }
+
+  bool InferShape(mxnet::ShapeVector* in, mxnet::ShapeVector* out,
+                  mxnet::ShapeVector* aux) const override {
+    const bool known = BatchNormProperty::InferShape(in, out, aux);
+    out->resize(2);
+    if (mxnet::shape_is_known(in->at(kGamma))) {
+      const auto channels = static_cast<std::size_t>(in->at(kGamma)[0]);
+      out->at(kStatistics) = VectorShape(LocalStatisticsSize(channels));
+    }
+    return known;
+  }
+
+  bool InferType(std::vector<int>* in, std::vector<int>* out,
+                 std::vector<int>* aux) const override {
+    const bool known = BatchNormProperty::InferType(in, out, aux);
+    out->resize(2);
+    out->at(kStatistics) = mshadow::kFloat64;
+    return known;
+  }
 
   std::vector<int> DeclareBackwardDependency(const std::vector<int>& out_grad,
                                              const std::vector<int>& in_data,
-                                             const std::vector<int>&) const override {
-    return {out_grad[0], in_data[kData], in_data[kGamma]};
+                                             const std::vector<int>& out_data) const override {
+    return {out_grad[kOutput], in_data[kData], in_data[kGamma], out_data[kStatistics]};
   }
 };
 

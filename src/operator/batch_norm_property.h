@@ -1,19 +1,72 @@
-// What MXNet asks of both operators that normalize: _syncbn_normalize and _syncbn_batch_norm.
+// What is common to both operators that normalize, _syncbn_normalize and _syncbn_batch_norm: what
+// MXNet asks of them, and what they tell their kernels.
 //
-// Their first argument is data, their last two are gamma and beta, and their auxiliary states are
-// the moving statistics.
+// Their first argument is data, their last two are gamma and beta, their first output is the
+// result, and their auxiliary states are the moving statistics.
 #pragma once
 
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "huge_pages.h"
 #include "operator_property.h"
 #include "operator_util.h"
 
 namespace gluon_syncbn {
 
 enum MovingStatistics { kMovingMean, kMovingVar };
+
+using Blobs = std::vector<mxnet::TBlob>;
+using Requests = std::vector<mxnet::OpReqType>;
+
+// All but the statistics.  `Param` has axis, eps, momentum and fix_gamma.
+template <typename Param>
+NormalizeForward ForwardKernel(const Param& param, const Blobs& in_data, const Requests& req,
+                               const Blobs& out_data, const Blobs& aux) {
+  const mxnet::TBlob& x = in_data.front();
+  NormalizeForward k{};
+  k.type = ToDataType(x.type_flag_);
+  k.shape = ToFeatureShape(x.shape_, param.axis);
+  k.epsilon = param.eps;
+  k.momentum = param.momentum;
+  k.fix_gamma = param.fix_gamma;
+  k.x = x.dptr_;
+  k.gamma = in_data[in_data.size() - 2].dptr_;
+  k.beta = in_data.back().dptr_;
+  k.moving_mean = aux[kMovingMean].dptr_;
+  k.moving_var = aux[kMovingVar].dptr_;
+  k.y_request = ToRequest(req[0]);
+  k.y = out_data[0].dptr_;
+  PreferHugePages(out_data[0]);
+  return k;
+}
+
+// All but the statistics and their gradients.
+template <typename Param>
+NormalizeBackward BackwardKernel(const Param& param, const Blobs& out_grad, const Blobs& in_data,
+                                 const Requests& req, const Blobs& in_grad, const Blobs& aux) {
+  const mxnet::TBlob& x = in_data.front();
+  const std::size_t gamma = in_data.size() - 2, beta = in_data.size() - 1;
+  NormalizeBackward k{};
+  k.type = ToDataType(x.type_flag_);
+  k.shape = ToFeatureShape(x.shape_, param.axis);
+  k.epsilon = param.eps;
+  k.fix_gamma = param.fix_gamma;
+  k.dy = out_grad[0].dptr_;
+  k.x = x.dptr_;
+  k.gamma = in_data[gamma].dptr_;
+  k.moving_mean = aux[kMovingMean].dptr_;
+  k.moving_var = aux[kMovingVar].dptr_;
+  k.dx_request = ToRequest(req[0]);
+  k.dx = in_grad[0].dptr_;
+  PreferHugePages(in_grad[0]);
+  k.gamma_request = ToRequest(req[gamma]);
+  k.gamma_grad = in_grad[gamma].dptr_;
+  k.beta_request = ToRequest(req[beta]);
+  k.beta_grad = in_grad[beta].dptr_;
+  return k;
+}
 
 // `Param` has an axis.
 template <typename Self, typename Param>

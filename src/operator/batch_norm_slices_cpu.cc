@@ -79,42 +79,51 @@ class Slices {
 
 }  // namespace
 
-void Run(Cpu cpu, const BatchNormForward& k) {
-  const Slices slices(k.type, k.shape);
+void RunAlone(Cpu cpu, const NormalizeForward& whole, double* statistics) {
+  const Slices slices(whole.type, whole.shape);
   ParallelFor(slices.count(), [&](std::size_t i) {
-    const FeatureShape shape = slices.shape(i);
-    const void* x = slices.Map(k.x, i);
-    double* statistics = slices.Statistics(k.statistics, i);
-    if (statistics != nullptr) Run(cpu, MomentsForward{k.type, shape, x, nullptr, statistics});
-    Run(cpu, NormalizeForward{k.type, shape, k.epsilon, k.momentum, k.fix_gamma, x, statistics,
-                              slices.PerChannel(k.gamma, i), slices.PerChannel(k.beta, i),
-                              slices.PerChannel(k.moving_mean, i),
-                              slices.PerChannel(k.moving_var, i), k.y_request, slices.Map(k.y, i)});
+    NormalizeForward k = whole;
+    k.shape = slices.shape(i);
+    k.x = slices.Map(whole.x, i);
+    k.gamma = slices.PerChannel(whole.gamma, i);
+    k.beta = slices.PerChannel(whole.beta, i);
+    k.moving_mean = slices.PerChannel(whole.moving_mean, i);
+    k.moving_var = slices.PerChannel(whole.moving_var, i);
+    k.y = slices.Map(whole.y, i);
+    double* measured = slices.Statistics(statistics, i);
+    k.statistics = measured;
+    if (measured != nullptr) {
+      Run(cpu, MomentsForward{k.type, k.shape, k.x, nullptr, true, measured});
+    }
+    Run(cpu, k);
   });
 }
 
-void Run(Cpu cpu, const BatchNormBackward& k) {
-  const Slices slices(k.type, k.shape);
+void RunAlone(Cpu cpu, const NormalizeBackward& whole) {
+  const Slices slices(whole.type, whole.shape);
   ParallelFor(slices.count(), [&](std::size_t i) {
-    const FeatureShape shape = slices.shape(i);
-    const double* statistics = slices.Statistics(k.statistics, i);
-    const bool alone = statistics == nullptr;
+    NormalizeBackward k = whole;
+    k.shape = slices.shape(i);
+    k.dy = slices.Map(whole.dy, i);
+    k.x = slices.Map(whole.x, i);
+    k.statistics = slices.Statistics(whole.statistics, i);
+    k.gamma = slices.PerChannel(whole.gamma, i);
+    k.moving_mean = slices.PerChannel(whole.moving_mean, i);
+    k.moving_var = slices.PerChannel(whole.moving_var, i);
+    k.dx = slices.Map(whole.dx, i);
+    k.gamma_grad = slices.PerChannel(whole.gamma_grad, i);
+    k.beta_grad = slices.PerChannel(whole.beta_grad, i);
+    if (k.statistics == nullptr) return Run(cpu, k);
+
     static thread_local std::vector<double> sums, coefficients;
-    sums.resize(std::max(sums.size(), StatisticsSize(shape.channels)));
-    coefficients.resize(std::max(coefficients.size(), CoefficientsSize(shape.channels)));
-    const void* dy = slices.Map(k.dy, i);
-    const void* x = slices.Map(k.x, i);
-    void* dx = slices.Map(k.dx, i);
-    Run(cpu,
-        NormalizeBackward{k.type, shape, k.epsilon, k.fix_gamma, dy, x, statistics,
-                          slices.PerChannel(k.gamma, i), slices.PerChannel(k.moving_mean, i),
-                          slices.PerChannel(k.moving_var, i), alone ? k.dx_request : Request::kNull,
-                          dx, sums.data(), coefficients.data(), k.gamma_request,
-                          slices.PerChannel(k.gamma_grad, i), k.beta_request,
-                          slices.PerChannel(k.beta_grad, i)});
-    if (alone) return;
-    Run(cpu,
-        MomentsBackward{k.type, shape, dy, x, sums.data(), coefficients.data(), k.dx_request, dx});
+    sums.resize(std::max(sums.size(), StatisticsSize(k.shape.channels)));
+    coefficients.resize(std::max(coefficients.size(), CoefficientsSize(k.shape.channels)));
+    k.dx_request = Request::kNull;
+    k.statistics_grad = sums.data();
+    k.coefficients_grad = coefficients.data();
+    Run(cpu, k);
+    Run(cpu, MomentsBackward{k.type, k.shape, k.dy, k.x, k.statistics_grad, k.coefficients_grad,
+                             whole.dx_request, k.dx});
   });
 }
 

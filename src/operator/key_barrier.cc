@@ -17,7 +17,10 @@ std::chrono::steady_clock::duration Seconds(double seconds) {
 // What would otherwise go into a round that it contradicts; empty when it fits.
 std::string Contradiction(const Arrival& first, int round_devices, const Arrival& arrival) {
   std::ostringstream os;
-  if (arrival.num_devices != round_devices) {
+  if (arrival.kind != first.kind) {
+    os << first.name << " and " << arrival.name << " cannot meet: all devices of a key must be of "
+       << "one kind, " << first.kind << " or " << arrival.kind;
+  } else if (arrival.num_devices != round_devices) {
     os << arrival.name << " says num_devices=" << arrival.num_devices << ", but " << first.name
        << " says " << round_devices << "; give every device the same num_devices";
   } else if (arrival.values.size() != first.values.size()) {

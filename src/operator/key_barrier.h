@@ -32,6 +32,7 @@ struct Arrival {
   // participants in whatever order the devices run backward.
   std::uint64_t lane = 0;
   std::uint64_t participant = 0;
+  std::string kind;  // only participants of one kind meet; "" for none in particular
   std::string name;
   int num_devices = 1;
   std::vector<double> values;

@@ -4,18 +4,20 @@
 //   _syncbn_sum              for SyncBatchNorm: only where there is something to sum, in order
 //
 // Both return at once and complete when the round does.  They run in whichever thread finds them
-// ready, so they must be cheap: they copy a small array into the barrier, and a sum out of it.
+// ready, so they must be cheap: they send a small array into the barrier, and a sum comes out of
+// it.
 #include <algorithm>
-#include <atomic>
-#include <chrono>
+#include <exception>
 #include <memory>
-#include <mutex>
 #include <sstream>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "asynchronous_call.h"
+#include "device_values.h"
+#include "operator_device.h"
 #include "operator_property.h"
 #include "operator_util.h"
 #include "process_barrier.h"
@@ -42,9 +44,11 @@ struct KeyBarrierSumParam : public dmlc::Parameter<KeyBarrierSumParam> {
   }
 };
 
+const char* Kind(const mxnet::Context& context) { return OnGpu(context) ? "gpu" : "cpu"; }
+
 std::string ContextName(const mxnet::Context& context) {
   std::ostringstream os;
-  os << (context.dev_mask() == mxnet::gpu::kDevMask ? "gpu(" : "cpu(") << context.dev_id << ')';
+  os << Kind(context) << '(' << context.dev_id << ')';
   return os.str();
 }
 
@@ -60,104 +64,13 @@ int NumDevices(const KeyBarrierSumParam& param) {
   return param.num_devices > 0 ? param.num_devices : std::max(VisibleGpus(), 1);
 }
 
-// NaiveEngine aborts the process when an operator does not complete before it returns.
-void RefuseNaiveEngine(int num_devices) {
-  if (num_devices > 1 && dmlc::GetEnv("MXNET_ENGINE_TYPE", std::string()) == "NaiveEngine") {
-    Raise("NaiveEngine runs one operator at a time, so ", num_devices,
-          " devices can never meet; unset MXNET_ENGINE_TYPE, or use num_devices=1.");
-  }
+// NaiveEngine runs everything in the thread that pushes it, and aborts the process when an operator
+// does not complete before it returns.
+bool NaiveEngine() {
+  static const bool naive = dmlc::GetEnv("MXNET_ENGINE_TYPE", std::string()) == "NaiveEngine";
+  return naive;
 }
-
-template <typename T>
-void Write(mxnet::OpReqType req, const std::vector<double>& from, T* to) {
-  if (req == mxnet::kNullOp) return;
-  const bool add = req == mxnet::kAddTo;
-  for (std::size_t i = 0; i < from.size(); ++i) {
-    to[i] = static_cast<T>(add ? to[i] + from[i] : from[i]);
-  }
-}
-
-void Write(mxnet::OpReqType req, const std::vector<double>& from, const mxnet::TBlob& to) {
-  if (to.type_flag_ == mshadow::kFloat64) {
-    Write(req, from, to.dptr<double>());
-  } else {
-    Write(req, from, to.dptr<float>());
-  }
-}
-
-std::vector<double> Read(const mxnet::TBlob& from) {
-  if (from.type_flag_ == mshadow::kFloat64) {
-    const double* values = from.dptr<double>();
-    return std::vector<double>(values, values + from.Size());
-  }
-  const float* values = from.dptr<float>();
-  return std::vector<double>(values, values + from.Size());
-}
-
-// Completes a call: only after it has returned, because MXNet looks at its own record of the call
-// then, and a graph that is freed as soon as its result is there would take the record away.  So
-// the completion is queued behind the call, to the worker of its device, as an operation of its
-// own.  (With MXEnginePushSync, MXNet might put it into one bulk with those who wait for it.)
-class Handoff {
- public:
-  explicit Handoff(const mxnet::OpContext& ctx)
-      : context_(ctx.run_ctx.ctx), on_complete_(ctx.async_on_complete) {}
-
-  // From any thread, once: the result is written, or `error` says why not (empty: none).
-  void Ready(const std::string& error) {
-    error_ = error;
-    if (state_.exchange(kReady) == kLeft) Queue();
-  }
-
-  // From the call's thread, at its end.  It stays a moment where the others are about to come: a
-  // worker that goes to sleep and is woken again takes longer than most rounds.  Nobody depends on
-  // its staying, so nothing can deadlock.
-  void Leave(int num_devices) {
-    static const int cores = static_cast<int>(std::thread::hardware_concurrency());
-    if (num_devices <= cores) {  // else the others need this core
-      const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
-      while (state_.load() != kReady && std::chrono::steady_clock::now() < end) {
-        std::this_thread::yield();
-      }
-    }
-    if (state_.exchange(kLeft) == kReady) Queue();
-  }
-
- private:
-  enum State { kInside, kLeft, kReady };
-
-  struct Completion {
-    mxnet::engine::CallbackOnComplete on_complete;
-    std::string error;
-
-    void Call() const {
-      if (error.empty()) return on_complete();
-      // The engine keeps a list of failures without a lock; see KeyBarrier::Fail.
-      static std::mutex one_at_a_time;
-      const std::lock_guard<std::mutex> lock(one_at_a_time);
-      const dmlc::Error failure(error);
-      on_complete(&failure);
-    }
-  };
-
-  void Queue() {
-    auto completion = std::make_unique<Completion>(Completion{on_complete_, std::move(error_)});
-    const int failed = MXEnginePushAsync(
-        [](void*, void* done, void* completion) {
-          static_cast<Completion*>(completion)->Call();
-          (*static_cast<mxnet::engine::CallbackOnComplete*>(done))();
-        },
-        completion.get(), [](void* completion) { delete static_cast<Completion*>(completion); },
-        &context_, nullptr, 0, nullptr, 0);
-    if (failed != 0) return completion->Call();
-    completion.release();  // the engine deletes it
-  }
-
-  mxnet::Context context_;
-  const mxnet::engine::CallbackOnComplete on_complete_;
-  std::string error_;
-  std::atomic<State> state_{kInside};
-};
+constexpr char kUnsetNaive[] = "unset MXNET_ENGINE_TYPE";
 
 // `only_counted`: sum only vectors that end in a count above 0, as SyncBatchNorm's statistics do.
 class KeyBarrierSumOp : public mxnet::Operator {
@@ -165,9 +78,10 @@ class KeyBarrierSumOp : public mxnet::Operator {
   KeyBarrierSumOp(const KeyBarrierSumParam& param, const mxnet::Context& context, bool only_counted)
       : param_(param),
         participant_(Participant(context)),
+        kind_(Kind(context)),
         name_(ContextName(context)),
         only_counted_(only_counted) {
-    NeedCpu(context);
+    NeedDevice(context);
     // Created where the program calls it, run when its input is ready: the turn keeps the order of
     // the program.  A layer's calls are kept in order by the engine, see SyncBNSumProperty.
     if (!only_counted_) turn_ = barrier_->Reserve(param_.key, param_.call, participant_);
@@ -179,58 +93,76 @@ class KeyBarrierSumOp : public mxnet::Operator {
   void Forward(const mxnet::OpContext& ctx, const std::vector<mxnet::TBlob>& in_data,
                const std::vector<mxnet::OpReqType>& req, const std::vector<mxnet::TBlob>& out_data,
                const std::vector<mxnet::TBlob>&) override {
-    std::vector<double> values = Read(in_data[0]);
-    exchanged_ = !only_counted_ || values.back() > 0;
-    if (!exchanged_) return Pass(values, ctx, req[0], out_data[0]);
-    const int num_devices = NumDevices(param_);
-    RefuseNaiveEngine(num_devices);
-    const std::uint64_t turn = turn_;
-    turn_ = 0;
-    Exchange(
-        {param_.key, param_.call, 0, participant_, name_, num_devices, std::move(values), turn},
-        ctx, req[0], out_data[0]);
+    Exchange(ctx, in_data[0], req[0], out_data[0], true);
   }
 
   void Backward(const mxnet::OpContext& ctx, const std::vector<mxnet::TBlob>& out_grad,
                 const std::vector<mxnet::TBlob>&, const std::vector<mxnet::TBlob>&,
                 const std::vector<mxnet::OpReqType>& req, const std::vector<mxnet::TBlob>& in_grad,
                 const std::vector<mxnet::TBlob>&) override {
-    std::vector<double> values = Read(out_grad[0]);
-    if (!exchanged_) return Pass(values, ctx, req[0], in_grad[0]);
-    Exchange({param_.key, param_.call, round_, participant_, name_, round_devices_,
-              std::move(values), 0},
-             ctx, req[0], in_grad[0]);
+    Exchange(ctx, out_grad[0], req[0], in_grad[0], false);
   }
 
  private:
-  static void Pass(const std::vector<double>& values, const mxnet::OpContext& ctx,
-                   mxnet::OpReqType req, const mxnet::TBlob& to) {
-    Write(req, values, to);
-    ctx.async_on_complete();
+  // The engine keeps this operator, and the memory of `from` and `to`, until the completion.
+  void Exchange(const mxnet::OpContext& ctx, const mxnet::TBlob& from, mxnet::OpReqType req,
+                const mxnet::TBlob& to, bool forward) {
+    const bool gpu = OnGpu(ctx.run_ctx.ctx);
+    if (gpu && NaiveEngine())
+      Raise("On a GPU, gluon_syncbn needs MXNet's threads; ", kUnsetNaive, ".");
+    const int num_devices = forward ? NumDevices(param_) : round_devices_;
+    const auto call = std::make_shared<AsynchronousCall>(ctx, req, to);
+    ReadValues(ctx.run_ctx.ctx, from, [=](std::vector<double> values, const std::string& error) {
+      if (!error.empty()) return call->Fail(error);
+      if (forward) exchanged_ = IsExchanged(values, num_devices);
+      if (!exchanged_) return gpu ? call->Succeed(std::move(values)) : call->SucceedNow(values);
+      if (forward) {
+        ArriveForward(std::move(values), num_devices, call);
+      } else {
+        ArriveBackward(std::move(values), call);
+      }
+    });
+    static const int cores = static_cast<int>(std::thread::hardware_concurrency());
+    call->Leave(!gpu && num_devices <= cores);  // with more, the others need this core
+    // `this` may be gone now.
   }
 
-  // The engine keeps this operator, and the output's memory, until the completion is called.
-  void Exchange(Arrival arrival, const mxnet::OpContext& ctx, mxnet::OpReqType req,
-                const mxnet::TBlob& to) {
-    const bool forward = arrival.lane == 0;
-    const int num_devices = arrival.num_devices;
-    const auto handoff = std::make_shared<Handoff>(ctx);
-    barrier_->Arrive(std::move(arrival), [this, forward, req, to, handoff](const Outcome& outcome) {
-      if (outcome.total != nullptr) {
-        if (forward) {
-          round_ = outcome.round;
-          round_devices_ = outcome.num_devices;
-        }
-        Write(req, *outcome.total, to);
-      }
-      handoff->Ready(outcome.error);
-    });
-    handoff->Leave(num_devices);  // `this` may be gone now
+  bool IsExchanged(const std::vector<double>& values, int num_devices) const {
+    if (only_counted_ && !(values.back() > 0)) return false;
+    if (!NaiveEngine()) return true;
+    if (num_devices == 1) return false;
+    Raise("NaiveEngine runs one operator at a time, so ", num_devices, " devices can never meet; ",
+          kUnsetNaive, ", or use num_devices=1.");
+  }
+
+  void ArriveForward(std::vector<double> values, int num_devices,
+                     const std::shared_ptr<AsynchronousCall>& call) {
+    const std::uint64_t turn = turn_;
+    turn_ = 0;
+    barrier_->Arrive({param_.key, param_.call, 0, participant_, kind_, name_, num_devices,
+                      std::move(values), turn},
+                     [this, call](const Outcome& outcome) {
+                       round_ = outcome.round;
+                       round_devices_ = outcome.num_devices;
+                       Finish(call, outcome);
+                     });
+  }
+
+  void ArriveBackward(std::vector<double> values, const std::shared_ptr<AsynchronousCall>& call) {
+    barrier_->Arrive({param_.key, param_.call, round_, participant_, kind_, name_, round_devices_,
+                      std::move(values), 0},
+                     [call](const Outcome& outcome) { Finish(call, outcome); });
+  }
+
+  static void Finish(const std::shared_ptr<AsynchronousCall>& call, const Outcome& outcome) {
+    if (outcome.total == nullptr) return call->Fail(outcome.error);
+    call->Succeed(*outcome.total);
   }
 
   const std::shared_ptr<KeyBarrier> barrier_ = ProcessBarrier();
   const KeyBarrierSumParam param_;
   const std::uint64_t participant_;
+  const char* const kind_;
   const std::string name_;
   const bool only_counted_;
   // What the last forward was, for its backward: with the devices that took part, and no others.

@@ -86,15 +86,17 @@ using DoneCallback = void (*)(void* data, const double* total, unsigned long lon
 
 GLUON_SYNCBN_API int GluonSyncBNBarrierArrive(Barrier barrier, const char* key,
                                               unsigned long long lane,
-                                              unsigned long long participant, const char* name,
-                                              int num_devices, const double* values, size_t count,
-                                              DoneCallback done, void* data) {
+                                              unsigned long long participant, const char* kind,
+                                              const char* name, int num_devices,
+                                              const double* values, size_t count, DoneCallback done,
+                                              void* data) {
   return Guarded([=] {
-    Get(barrier).Arrive({key, 0, lane, participant, name, num_devices, {values, values + count}, 0},
-                        [done, data](const gluon_syncbn::Outcome& outcome) {
-                          done(data, outcome.total == nullptr ? nullptr : outcome.total->data(),
-                               outcome.round, outcome.num_devices, outcome.error.c_str());
-                        });
+    Get(barrier).Arrive(
+        {key, 0, lane, participant, kind, name, num_devices, {values, values + count}, 0},
+        [done, data](const gluon_syncbn::Outcome& outcome) {
+          done(data, outcome.total == nullptr ? nullptr : outcome.total->data(), outcome.round,
+               outcome.num_devices, outcome.error.c_str());
+        });
   });
 }
 

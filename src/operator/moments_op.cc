@@ -6,12 +6,12 @@
 // The data travel through so that the gradient of the first output is dy itself, handed through by
 // _syncbn_normalize; the coefficients are an output whose gradient brings what is local, past the
 // exchange.  docs/architecture.md has the picture.
-#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "huge_pages.h"
+#include "operator_device.h"
 #include "operator_property.h"
 #include "operator_util.h"
 
@@ -30,44 +30,46 @@ struct MomentsParam : public dmlc::Parameter<MomentsParam> {
 class MomentsOp : public mxnet::Operator {
  public:
   MomentsOp(const MomentsParam& param, const mxnet::Context& context) : param_(param) {
-    NeedCpu(context);
+    NeedDevice(context);
   }
 
+  // The coefficients are not written: nobody reads them, only their gradient means something.
   void Forward(const mxnet::OpContext& ctx, const std::vector<mxnet::TBlob>& in_data,
                const std::vector<mxnet::OpReqType>& req, const std::vector<mxnet::TBlob>& out_data,
                const std::vector<mxnet::TBlob>&) override {
     const mxnet::TBlob& x = in_data[0];
-    void* copy = req[kHanded] == mxnet::kNullOp ? x.dptr_ : out_data[kHanded].dptr_;
+    MomentsForward k{};
+    k.type = ToDataType(x.type_flag_);
+    k.shape = ToFeatureShape(x.shape_, param_.axis);
+    k.x = x.dptr_;
+    k.copy = req[kHanded] == mxnet::kNullOp ? nullptr : out_data[kHanded].dptr_;
+    // A count of 0: nobody measured, so the moving statistics are used and nobody waits.
+    k.measure = ctx.is_train;
+    k.statistics = out_data[kStatistics].dptr<double>();
     PreferHugePages(out_data[kHanded]);
-    double* statistics = out_data[kStatistics].dptr<double>();
-    std::fill_n(out_data[kCoefficients].dptr<double>(), out_data[kCoefficients].Size(), 0.0);
-    if (ctx.is_train) {
-      Run(Cpu(), MomentsForward{ToDataType(x.type_flag_), ToFeatureShape(x.shape_, param_.axis),
-                                x.dptr_, copy, statistics});
-    } else {
-      // A count of 0: nobody measured, so the moving statistics are used and nobody waits.
-      std::fill_n(statistics, out_data[kStatistics].Size(), 0.0);
-      if (copy != x.dptr_) {
-        std::copy_n(static_cast<const char*>(x.dptr_),
-                    x.Size() * mshadow::mshadow_sizeof(x.type_flag_), static_cast<char*>(copy));
-      }
-    }
+    OnDevice(ctx, [&](const auto& device) { Run(device, k); });
   }
 
-  void Backward(const mxnet::OpContext&, const std::vector<mxnet::TBlob>& out_grad,
+  void Backward(const mxnet::OpContext& ctx, const std::vector<mxnet::TBlob>& out_grad,
                 const std::vector<mxnet::TBlob>&, const std::vector<mxnet::TBlob>& out_data,
                 const std::vector<mxnet::OpReqType>& req, const std::vector<mxnet::TBlob>& in_grad,
                 const std::vector<mxnet::TBlob>&) override {
     const mxnet::TBlob& x = out_data[kHanded];
+    MomentsBackward k{};
+    k.type = ToDataType(x.type_flag_);
+    k.shape = ToFeatureShape(x.shape_, param_.axis);
+    k.dy = out_grad[kHanded].dptr_;
+    k.x = x.dptr_;
+    k.statistics_grad = out_grad[kStatistics].dptr<double>();
+    k.coefficients_grad = out_grad[kCoefficients].dptr<double>();
+    k.dx_request = ToRequest(req[0]);
+    k.dx = in_grad[0].dptr_;
     PreferHugePages(in_grad[0]);
-    Run(Cpu(), MomentsBackward{
-                   ToDataType(x.type_flag_), ToFeatureShape(x.shape_, param_.axis),
-                   out_grad[kHanded].dptr_, x.dptr_, out_grad[kStatistics].dptr<double>(),
-                   out_grad[kCoefficients].dptr<double>(), ToRequest(req[0]), in_grad[0].dptr_});
+    OnDevice(ctx, [&](const auto& device) { Run(device, k); });
   }
 
  private:
-  MomentsParam param_;
+  const MomentsParam param_;
 };
 
 class MomentsProperty : public ParameterizedProperty<MomentsProperty, MomentsParam> {

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "batch_norm_property.h"
-#include "huge_pages.h"
+#include "operator_device.h"
 
 namespace gluon_syncbn {
 namespace {
@@ -31,59 +31,26 @@ struct NormalizeParam : public dmlc::Parameter<NormalizeParam> {
 class NormalizeOp : public mxnet::Operator {
  public:
   NormalizeOp(const NormalizeParam& param, const mxnet::Context& context) : param_(param) {
-    NeedCpu(context);
+    NeedDevice(context);
   }
 
-  void Forward(const mxnet::OpContext&, const std::vector<mxnet::TBlob>& in_data,
-               const std::vector<mxnet::OpReqType>& req, const std::vector<mxnet::TBlob>& out_data,
-               const std::vector<mxnet::TBlob>& aux) override {
-    const mxnet::TBlob& x = in_data[kData];
-    NormalizeForward k{};
-    k.type = ToDataType(x.type_flag_);
-    k.shape = ToFeatureShape(x.shape_, param_.axis);
-    k.epsilon = param_.eps;
-    k.momentum = param_.momentum;
-    k.fix_gamma = param_.fix_gamma;
-    k.x = x.dptr_;
+  void Forward(const mxnet::OpContext& ctx, const Blobs& in_data, const Requests& req,
+               const Blobs& out_data, const Blobs& aux) override {
+    NormalizeForward k = ForwardKernel(param_, in_data, req, out_data, aux);
     k.statistics = in_data[kStatistics].dptr<double>();
-    k.gamma = in_data[kGamma].dptr_;
-    k.beta = in_data[kBeta].dptr_;
-    k.moving_mean = aux[kMovingMean].dptr_;
-    k.moving_var = aux[kMovingVar].dptr_;
-    k.y_request = ToRequest(req[0]);
-    k.y = out_data[0].dptr_;
-    PreferHugePages(out_data[0]);
-    Run(Cpu(), k);
+    OnDevice(ctx, [&](const auto& device) { Run(device, k); });
   }
 
-  void Backward(const mxnet::OpContext&, const std::vector<mxnet::TBlob>& out_grad,
-                const std::vector<mxnet::TBlob>& in_data, const std::vector<mxnet::TBlob>&,
-                const std::vector<mxnet::OpReqType>& req, const std::vector<mxnet::TBlob>& in_grad,
-                const std::vector<mxnet::TBlob>& aux) override {
-    const mxnet::TBlob& x = in_data[kData];
-    NormalizeBackward k{};
-    k.type = ToDataType(x.type_flag_);
-    k.shape = ToFeatureShape(x.shape_, param_.axis);
-    k.epsilon = param_.eps;
-    k.fix_gamma = param_.fix_gamma;
-    k.dy = out_grad[0].dptr_;
-    k.x = x.dptr_;
-    k.statistics = in_data[kStatistics].dptr<double>();
-    k.gamma = in_data[kGamma].dptr_;
-    k.moving_mean = aux[kMovingMean].dptr_;
-    k.moving_var = aux[kMovingVar].dptr_;
-    k.dx_request = ToRequest(req[kData]);
-    k.dx = in_grad[kData].dptr_;
-    PreferHugePages(in_grad[kData]);
+  void Backward(const mxnet::OpContext& ctx, const Blobs& out_grad, const Blobs& in_data,
+                const Blobs&, const Requests& req, const Blobs& in_grad,
+                const Blobs& aux) override {
+    NormalizeBackward k = BackwardKernel(param_, out_grad, in_data, req, in_grad, aux);
     // What _syncbn_moments gets back has one consumer, so nothing is ever added to it.
     if (k.dx_request == Request::kAdd) Raise("_syncbn_normalize: its data have one consumer.");
+    k.statistics = in_data[kStatistics].dptr<double>();
     k.statistics_grad = Plain(req[kStatistics], in_grad[kStatistics]);
     k.coefficients_grad = Plain(req[kCoefficients], in_grad[kCoefficients]);
-    k.gamma_request = ToRequest(req[kGamma]);
-    k.gamma_grad = in_grad[kGamma].dptr_;
-    k.beta_request = ToRequest(req[kBeta]);
-    k.beta_grad = in_grad[kBeta].dptr_;
-    Run(Cpu(), k);
+    OnDevice(ctx, [&](const auto& device) { Run(device, k); });
   }
 
  private:

@@ -118,10 +118,4 @@ inline bool HandInPlace() {
   return in_place;
 }
 
-inline void NeedCpu(const mxnet::Context& context) {
-  if (context.dev_mask() != mxnet::cpu::kDevMask) {
-    Raise("gluon_syncbn was built without its GPU side; use CPU contexts.");
-  }
-}
-
 }  // namespace gluon_syncbn

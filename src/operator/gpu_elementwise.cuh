@@ -1,0 +1,160 @@
+// One result per element of a feature map, from one array or two, on a GPU:
+//
+//   y = (x - mean) * scale + shift [+ factor * other]
+//
+// with four numbers per channel.  The map is taken as one long row of accesses of 16 bytes,
+// whatever its layout; every thread takes accesses that lie a fixed number apart, and knows their
+// channels by walking, without a division per access.
+#pragma once
+
+#include <algorithm>
+#include <numeric>
+
+#include "gpu_runtime.cuh"
+
+namespace gluon_syncbn {
+
+template <typename W>
+struct alignas(4 * sizeof(W) > 16 ? 16 : 4 * sizeof(W)) TableEntry {
+  W mean, scale, shift, factor;
+};
+
+// The mean as the sum of two numbers, so that x - mean stays exact: its low part is in the shift.
+template <typename W>
+__device__ TableEntry<W> Entry(double mean, double scale, double shift, double factor) {
+  const W high = static_cast<W>(mean);
+  const W low = static_cast<W>(mean - high);
+  return {high, static_cast<W>(scale), static_cast<W>(shift - scale * low), static_cast<W>(factor)};
+}
+
+// How the channels of an access are found.
+enum class Walk {
+  kOneChannel,    // all its elements are of one channel: channels first, planes of whole accesses
+  kSameChannels,  // every access of a thread has the same channels: channels last
+  kEveryElement,  // each element by itself: anything else
+};
+
+template <typename T>
+struct Map {
+  Extent extent;
+  const T* x;
+  const T* other;  // null: none
+  T* y;            // may be x or other
+  bool add;
+};
+
+template <typename T, int V>
+__device__ Pack<T, V> Load(const T* from, int64_t at, int64_t size) {
+  if (at + V <= size) return *reinterpret_cast<const Pack<T, V>*>(from + at);
+  Pack<T, V> pack = {};
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    if (at + k < size) pack.element[k] = from[at + k];
+  }
+  return pack;
+}
+
+template <typename T, int V>
+__device__ void Store(const Pack<T, V>& pack, T* to, int64_t at, int64_t size) {
+  if (at + V <= size) {
+    *reinterpret_cast<Pack<T, V>*>(to + at) = pack;
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    if (at + k < size) to[at + k] = pack.element[k];
+  }
+}
+
+template <typename T, int V, Walk walk>
+__global__ void __launch_bounds__(kThreads)
+    ElementwiseKernel(Map<T> map, const TableEntry<Wide<T>>* table) {
+  using W = Wide<T>;
+  const Extent extent = map.extent;
+  const int64_t size = extent.size();
+  const int64_t step = int64_t(gridDim.x) * blockDim.x * V;
+  int64_t at = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V;
+  if (at >= size) return;
+  // Where the first element of the access lies in its plane, and how that changes from one to the
+  // next.
+  int64_t i = at % extent.inner, c = at / extent.inner % extent.channels;
+  const int64_t step_i = step % extent.inner, step_c = step / extent.inner % extent.channels;
+  TableEntry<W> entry[V];
+  if (walk == Walk::kSameChannels) {
+#pragma unroll
+    for (int k = 0; k < V; ++k) entry[k] = table[(c + k) % extent.channels];
+  }
+  for (; at < size; at += step) {
+    if (walk == Walk::kOneChannel) {
+      entry[0] = table[c];
+    } else if (walk == Walk::kEveryElement) {
+      int64_t element_i = i, element_c = c;
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        entry[k] = table[element_c];
+        if (++element_i == extent.inner) {
+          element_i = 0;
+          if (++element_c == extent.channels) element_c = 0;
+        }
+      }
+    }
+    const Pack<T, V> x = Load<T, V>(map.x, at, size);
+    Pack<T, V> other = {}, y = {};
+    if (map.other != nullptr) other = Load<T, V>(map.other, at, size);
+    if (map.add) y = Load<T, V>(map.y, at, size);
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const TableEntry<W>& e = entry[walk == Walk::kOneChannel ? 0 : k];
+      W value = (ToWide(x.element[k]) - e.mean) * e.scale + e.shift;
+      if (map.other != nullptr) value += e.factor * ToWide(other.element[k]);
+      if (map.add) value += ToWide(y.element[k]);
+      FromWide(value, &y.element[k]);
+    }
+    Store<T, V>(y, map.y, at, size);
+    if (walk != Walk::kSameChannels) {
+      i += step_i;
+      c += step_c;
+      if (i >= extent.inner) {
+        i -= extent.inner;
+        ++c;
+      }
+      if (c >= extent.channels) c -= extent.channels;
+    }
+  }
+}
+
+template <int V, typename T>
+void ElementwiseOf(const Gpu& gpu, const Map<T>& map, const TableEntry<Wide<T>>* table) {
+  const Extent& extent = map.extent;
+  const int64_t all = Ceil(Ceil(extent.size(), V), kThreads);  // blocks, with one access a thread
+  int64_t blocks = std::min<int64_t>(all, 8 * Multiprocessors(gpu));
+  if (extent.inner > 1 && extent.inner % V == 0) {
+    return Launch(gpu, ElementwiseKernel<T, V, Walk::kOneChannel>,
+                  dim3(static_cast<unsigned>(blocks)), dim3(kThreads), map, table);
+  }
+  if (extent.inner == 1) {
+    // A thread's channels stay the same if all threads together step over whole rows.
+    const int64_t rows = extent.channels / std::gcd(extent.channels, int64_t(kThreads) * V);
+    if (rows <= std::max<int64_t>(blocks, all / 4)) {
+      blocks = std::max<int64_t>(1, blocks / rows) * rows;
+      return Launch(gpu, ElementwiseKernel<T, V, Walk::kSameChannels>,
+                    dim3(static_cast<unsigned>(blocks)), dim3(kThreads), map, table);
+    }
+  }
+  Launch(gpu, ElementwiseKernel<T, V, Walk::kEveryElement>, dim3(static_cast<unsigned>(blocks)),
+         dim3(kThreads), map, table);
+}
+
+template <typename T>
+void Elementwise(const Gpu& gpu, const Extent& extent, const TableEntry<Wide<T>>* table, const T* x,
+                 const T* other, T* y, bool add) {
+  if (extent.size() == 0) return;
+  const Map<T> map{extent, x, other, y, add};
+  if (Aligned(x) && Aligned(other) && Aligned(y)) {
+    ElementwiseOf<kPerAccess<T>>(gpu, map, table);
+  } else {
+    ElementwiseOf<1>(gpu, map, table);
+  }
+}
+
+}  // namespace gluon_syncbn

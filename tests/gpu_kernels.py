@@ -1,0 +1,376 @@
+"""The CUDA side's C functions (src/operator/cuda_functions.h) on arrays of a device.
+
+The same checks run on a GPU (tests/gpu) and where CUDA is emulated (test_gpu_kernels.py).  A device
+has ``array(numpy_array)``, whose result has ``pointer`` and ``numpy()``, and ``index`` and
+``stream``.
+"""
+
+import ctypes
+
+import numpy as np
+
+from reference import batch_norm, largest_error
+
+TYPES = {"float16": 0, "float32": 1, "float64": 2}
+NULL, WRITE, ADD = 0, 1, 2
+# As for the operators; see test_operators.py.
+TOLERANCE = {"float16": 2e-3, "float32": 3e-6, "float64": 1e-11}
+
+POINTER, SIZE, DOUBLE, INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_double, ctypes.c_int
+
+
+def structure(name, **fields):
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+Gpu = structure("Gpu", device=INT, stream=POINTER)
+FeatureShape = structure("FeatureShape", outer=SIZE, channels=SIZE, inner=SIZE, stride=SIZE)
+MomentsForward = structure(
+    "MomentsForward",
+    type=INT,
+    shape=FeatureShape,
+    x=POINTER,
+    copy=POINTER,
+    measure=ctypes.c_bool,
+    statistics=POINTER,
+)
+NormalizeForward = structure(
+    "NormalizeForward",
+    type=INT,
+    shape=FeatureShape,
+    epsilon=DOUBLE,
+    momentum=DOUBLE,
+    fix_gamma=ctypes.c_bool,
+    x=POINTER,
+    statistics=POINTER,
+    gamma=POINTER,
+    beta=POINTER,
+    moving_mean=POINTER,
+    moving_var=POINTER,
+    y_request=INT,
+    y=POINTER,
+)
+NormalizeBackward = structure(
+    "NormalizeBackward",
+    type=INT,
+    shape=FeatureShape,
+    epsilon=DOUBLE,
+    fix_gamma=ctypes.c_bool,
+    dy=POINTER,
+    x=POINTER,
+    statistics=POINTER,
+    gamma=POINTER,
+    moving_mean=POINTER,
+    moving_var=POINTER,
+    dx_request=INT,
+    dx=POINTER,
+    statistics_grad=POINTER,
+    coefficients_grad=POINTER,
+    gamma_request=INT,
+    gamma_grad=POINTER,
+    beta_request=INT,
+    beta_grad=POINTER,
+)
+MomentsBackward = structure(
+    "MomentsBackward",
+    type=INT,
+    shape=FeatureShape,
+    dy=POINTER,
+    x=POINTER,
+    statistics_grad=POINTER,
+    coefficients_grad=POINTER,
+    dx_request=INT,
+    dx=POINTER,
+)
+VALUES_READ = ctypes.CFUNCTYPE(None, POINTER, ctypes.POINTER(DOUBLE), SIZE, ctypes.c_char_p)
+
+
+class Kernels:
+    """The functions of one library, on one device; errors are raised as RuntimeError."""
+
+    def __init__(self, library, device):
+        self.library, self.device = library, device
+
+    def call(self, name, *arguments, device=None, stream=None):
+        function = getattr(self.library, "GluonSyncBNCuda" + name)
+        function.restype = ctypes.c_char_p
+        gpu = Gpu(self.device.index if device is None else device, stream or self.device.stream)
+        error = function(ctypes.byref(gpu), *arguments)
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+    def run(self, kernel, **where):
+        self.call(type(kernel).__name__, ctypes.byref(kernel), **where)
+
+    def read(self, array, count):
+        """The numbers of a float32 or float64 array, by the way to the exchange."""
+        import threading
+
+        got, there = [], threading.Event()
+
+        def done(_, values, n, error):
+            got.extend(values[:n] if error is None else [error])
+            there.set()
+
+        callback = VALUES_READ(done)
+        function = self.library.GluonSyncBNCudaReadValues
+        function.restype = ctypes.c_char_p
+        error = function(
+            self.device.index,
+            TYPES[array.dtype],
+            POINTER(array.pointer),
+            SIZE(count),
+            callback,
+            None,
+        )
+        assert error is None, error
+        assert there.wait(10)
+        return np.array(got)
+
+    def write(self, values, array, request=WRITE):
+        values = np.ascontiguousarray(values, "float64")
+        source = values.ctypes.data_as(ctypes.POINTER(DOUBLE))
+        self.call(
+            "WriteValues",
+            TYPES[array.dtype],
+            request,
+            source,
+            SIZE(len(values)),
+            POINTER(array.pointer),
+        )
+
+
+def feature_shape(shape, axis):
+    axis %= len(shape)
+    outer, inner = int(np.prod(shape[:axis])), int(np.prod(shape[axis + 1 :]))
+    return FeatureShape(outer, shape[axis], inner, 0)
+
+
+class Layer:
+    """Parameters and moving statistics on a device, and one device's share of a layer's step."""
+
+    def __init__(self, kernels, dtype, shape, axis, fix_gamma=False, alone=False):
+        self.kernels, self.dtype, self.axis, self.alone = kernels, dtype, axis, alone
+        self.fix_gamma = fix_gamma
+        self.shape = feature_shape(shape, axis)
+        self.channels = channels = shape[axis]
+        self.wide = "float64" if dtype == "float64" else "float32"
+        rng = np.random.RandomState(1)
+        self.gamma_value = rng.rand(channels).astype(self.wide) + 0.5
+        self.beta_value = rng.randn(channels).astype(self.wide)
+        if fix_gamma:
+            self.gamma_value[:] = 1
+        self.gamma = self.array(self.gamma_value if not fix_gamma else self.gamma_value + 7)
+        self.beta = self.array(self.beta_value)
+        self.mean = self.array(np.full(channels, 0.5, self.wide))
+        self.var = self.array(np.full(channels, 2.0, self.wide))
+        self.gamma_grad = self.array(np.full(channels, 3.0, self.wide))
+        self.beta_grad = self.array(np.full(channels, 4.0, self.wide))
+        self.statistics = self.array(np.full(3 * channels, np.nan))
+        self.sums = self.array(np.full(2 * channels + 1, np.nan))
+        self.coefficients = self.array(np.full(2 * channels, np.nan))
+
+    def array(self, values):
+        return self.kernels.device.array(values)
+
+    def forward(self, x, y, request=WRITE, measured=True, add=None):
+        """``add``: what the other devices bring to the exchange."""
+        kernels, p = self.kernels, self
+        statistics = self.statistics.pointer if measured else None
+        k = NormalizeForward(
+            TYPES[self.dtype], self.shape, 1e-5, 0.9, self.fix_gamma, x.pointer, statistics,
+            p.gamma.pointer, p.beta.pointer, p.mean.pointer, p.var.pointer, request, y.pointer,
+        )  # fmt: skip
+        if self.alone:
+            kernels.call("ForwardAlone", ctypes.byref(k), POINTER(statistics))
+            return
+        if measured:
+            size = 2 * self.channels + 1
+            moments = MomentsForward(
+                TYPES[self.dtype], self.shape, x.pointer, x.pointer, True, statistics
+            )
+            kernels.run(moments)
+            if add is not None:
+                kernels.write(kernels.read(self.statistics, size) + add, self.statistics)
+        kernels.run(k)
+
+    def backward(self, dy, x, dx, request=WRITE, measured=True, parameters=WRITE, add=None):
+        kernels, p = self.kernels, self
+        statistics = self.statistics.pointer if measured else None
+        handed = request if self.alone or not measured else WRITE
+        k = NormalizeBackward(
+            TYPES[self.dtype], self.shape, 1e-5, self.fix_gamma, dy.pointer, x.pointer, statistics,
+            p.gamma.pointer, p.mean.pointer, p.var.pointer, handed,
+            dx.pointer if self.alone or not measured else dy.pointer,
+            p.sums.pointer, p.coefficients.pointer,
+            parameters, p.gamma_grad.pointer, parameters, p.beta_grad.pointer,
+        )  # fmt: skip
+        if self.alone:
+            kernels.call("BackwardAlone", ctypes.byref(k))
+            return
+        kernels.run(k)
+        if not measured:
+            return
+        if add is not None:
+            size = 2 * self.channels + 1
+            kernels.write(kernels.read(self.sums, size) + add, self.sums)
+        kernels.run(
+            MomentsBackward(
+                TYPES[self.dtype],
+                self.shape,
+                dy.pointer,
+                x.pointer,
+                p.sums.pointer,
+                p.coefficients.pointer,
+                request,
+                dx.pointer,
+            )  # fmt: skip
+        )
+
+
+def check_step(kernels, dtype, shape, axis, alone=False, in_place=False, offset=0.0, **options):
+    """One training step of one device against NumPy in float64."""
+    rng = np.random.RandomState(0)
+    x = (rng.randn(*shape) + offset).astype(dtype)
+    dy = rng.randn(*shape).astype(dtype)
+    layer = Layer(kernels, dtype, shape, axis, alone=alone, **options)
+    wanted = batch_norm([x], [dy], layer.gamma_value.astype("float64"), layer.beta_value, axis=axis)
+    device = kernels.device
+    xd, dyd = device.array(x), device.array(dy)
+    y = device.array(np.full(shape, np.nan, dtype))
+    dx = dyd if in_place else device.array(np.full(shape, np.nan, dtype))
+    layer.forward(xd, y)
+    layer.backward(dyd, xd, dx)
+    tolerance = TOLERANCE[dtype]
+    assert largest_error(y.numpy(), wanted.y[0]) < tolerance
+    assert largest_error(dx.numpy(), wanted.dx[0]) < tolerance
+    parameters = max(1e-6, tolerance / 100) if layer.wide == "float32" else tolerance
+    if options.get("fix_gamma"):
+        assert not layer.gamma_grad.numpy().any()
+    else:
+        scale = np.abs(wanted.dgamma[0]).max() + np.abs(wanted.dbeta[0]).max()
+        assert np.abs(layer.gamma_grad.numpy() - wanted.dgamma[0]).max() < parameters * 10 * scale
+    assert largest_error(layer.beta_grad.numpy(), wanted.dbeta[0]) < parameters * 10
+    assert largest_error(layer.mean.numpy(), 0.45 + 0.1 * wanted.mean) < parameters
+    assert largest_error(layer.var.numpy(), 1.8 + 0.1 * wanted.var) < parameters
+
+
+def check_two_devices(kernels, dtype, shape, axis):
+    """Two shares of a batch, each with the other's sums, as one batch."""
+    rng = np.random.RandomState(0)
+    xs = [rng.randn(*shape).astype(dtype) for _ in range(2)]
+    dys = [rng.randn(*shape).astype(dtype) for _ in range(2)]
+    layer = Layer(kernels, dtype, shape, axis)
+    wanted = batch_norm(xs, dys, layer.gamma_value.astype("float64"), layer.beta_value, axis=axis)
+    others = []
+    for x in xs:
+        one = Layer(kernels, dtype, shape, axis)
+        device = kernels.device
+        one.forward(device.array(x), device.array(x.copy()))
+        others.append(kernels.read(one.statistics, 2 * one.channels + 1))
+    device = kernels.device
+    sums = []
+    for i in range(2):
+        one = Layer(kernels, dtype, shape, axis)
+        x, dy, y = device.array(xs[i]), device.array(dys[i]), device.array(np.zeros_like(xs[i]))
+        one.forward(x, y, add=others[1 - i])
+        assert largest_error(y.numpy(), wanted.y[i]) < TOLERANCE[dtype]
+        one.backward(dy, x, device.array(np.zeros_like(xs[i])))
+        sums.append(kernels.read(one.sums, 2 * one.channels + 1))
+    for i in range(2):
+        one = Layer(kernels, dtype, shape, axis)
+        x, dy, dx = device.array(xs[i]), device.array(dys[i]), device.array(np.zeros_like(xs[i]))
+        one.forward(x, device.array(np.zeros_like(xs[i])), add=others[1 - i])
+        one.backward(dy, x, dx, add=sums[1 - i])
+        assert largest_error(dx.numpy(), wanted.dx[i]) < TOLERANCE[dtype]
+
+
+def check_moving_statistics(kernels, dtype, shape, axis, alone):
+    """Inference, and training by the moving statistics: values, gradients, nothing moves."""
+    rng = np.random.RandomState(0)
+    x, dy = rng.randn(*shape).astype(dtype), rng.randn(*shape).astype(dtype)
+    layer = Layer(kernels, dtype, shape, axis, alone=alone)
+    fixed = (np.full(layer.channels, 0.5), np.full(layer.channels, 2.0))
+    wanted = batch_norm(
+        [x],
+        [dy],
+        layer.gamma_value.astype("float64"),
+        layer.beta_value,
+        axis=axis,
+        statistics=fixed,
+    )
+    device = kernels.device
+    xd, dyd = device.array(x), device.array(dy)
+    y, dx = device.array(np.zeros(shape, dtype)), device.array(np.zeros(shape, dtype))
+    layer.forward(xd, y, measured=False)
+    layer.backward(dyd, xd, dx, measured=False)
+    assert largest_error(y.numpy(), wanted.y[0]) < TOLERANCE[dtype]
+    assert largest_error(dx.numpy(), wanted.dx[0]) < TOLERANCE[dtype]
+    assert largest_error(layer.beta_grad.numpy(), wanted.dbeta[0]) < max(
+        TOLERANCE[dtype] / 10, 1e-11
+    )
+    assert (layer.mean.numpy() == 0.5).all() and (layer.var.numpy() == 2).all()
+
+
+def check_requests(kernels, dtype, shape, axis, alone):
+    """Results are added, or left alone, where that is asked for."""
+    rng = np.random.RandomState(0)
+    x, dy = rng.randn(*shape).astype(dtype), rng.randn(*shape).astype(dtype)
+    device = kernels.device
+    plain, other = (Layer(kernels, dtype, shape, axis, alone=alone) for _ in range(2))
+    xd = device.array(x)
+
+    def step(layer, request, parameters, before):
+        y = device.array(np.full(shape, before, dtype))
+        dx = device.array(np.full(shape, before, dtype))
+        dyd = device.array(dy)
+        layer.forward(xd, y, request=request)
+        layer.backward(dyd, xd, dx, request=request, parameters=parameters)
+        return [a.numpy().astype("float64") for a in (y, dx, layer.gamma_grad, layer.beta_grad)]
+
+    written = step(plain, WRITE, WRITE, 9)
+    added = step(other, ADD, ADD, 2)
+    for got, wanted, before in zip(added, written, (2, 2, 3, 4)):
+        assert largest_error(got, wanted + before) < TOLERANCE[dtype]
+    left = Layer(kernels, dtype, shape, axis, alone=alone)
+    for got, before in zip(step(left, NULL, NULL, 9), (9, 9, 3, 4)):
+        assert (got == before).all()
+
+
+def check_no_measuring(kernels, dtype, shape, axis):
+    """Where nobody measures, the count says so, and the data are handed through."""
+    device = kernels.device
+    x = np.random.RandomState(0).randn(*shape).astype(dtype)
+    xd, copy = device.array(x), device.array(np.zeros(shape, dtype))
+    layer = Layer(kernels, dtype, shape, axis)
+    for measure in (False, True):
+        kernels.run(
+            MomentsForward(
+                TYPES[dtype],
+                layer.shape,
+                xd.pointer,
+                copy.pointer,
+                measure,
+                layer.statistics.pointer,
+            )
+        )
+        assert (copy.numpy() == x).all()
+        statistics = layer.statistics.numpy()[: 2 * layer.channels + 1]
+        assert statistics.any() == measure
+
+
+def check_values(kernels):
+    """The way to the exchange and back, with conversion."""
+    rng = np.random.RandomState(0)
+    for dtype in ("float32", "float64"):
+        for count in (1, 257, 70_001):
+            values = rng.randn(count).astype(dtype)
+            array = kernels.device.array(values)
+            assert (kernels.read(array, count) == values.astype("float64")).all()
+            new = rng.randn(count)
+            kernels.write(new, array)
+            assert (array.numpy() == new.astype(dtype)).all()
+            kernels.write(new, array, ADD)
+            np.testing.assert_allclose(array.numpy(), 2 * new, rtol=1e-6)
+            kernels.write(new, array, NULL)
+            np.testing.assert_allclose(array.numpy(), 2 * new, rtol=1e-6)
