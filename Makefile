@@ -53,7 +53,7 @@ format: $(VENV)/ready  ## format Python and C++
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:  ## remove what was built; the environment stays
-	rm -rf build dist out $(LIBRARY) python/*.egg-info
+	rm -rf build dist out python/gluon_syncbn/*.so python/*.egg-info
 
 .PHONY: help train finetune test build bench gluoncv torch lint format clean
 

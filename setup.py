@@ -31,6 +31,8 @@ class CMakeBuild(build_ext):
         target = os.path.dirname(os.path.abspath(self.get_ext_fullpath(ext.name)))
         mxnet = os.path.dirname(importlib.util.find_spec("mxnet").origin)
         options = [f"-DMXNET_DIR={mxnet}", f"-DGLUON_SYNCBN_LIBRARY_DIR={target}"]
+        if "GLUON_SYNCBN_CUDA" in os.environ:
+            options.append(f"-DGLUON_SYNCBN_CUDA={os.environ['GLUON_SYNCBN_CUDA']}")
         # Not below the checkout: CMake would find the tools of an earlier build's environment.
         with tempfile.TemporaryDirectory() as build:
             subprocess.check_call(["cmake", "-S", HERE, "-B", build, "-G", "Ninja", *options])

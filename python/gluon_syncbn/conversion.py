@@ -13,6 +13,7 @@ from .exchanges import blocks_of, forget_traces, mark_edited, set_graph
 from .graph import Graph
 from .graph_conversion import ConversionError, make_plain, synchronize
 from .model_data_parallel import ModelDataParallel
+from .shares import instances_in
 from .sync_batch_norm import SyncBatchNorm, checked_num_devices
 
 
@@ -44,17 +45,6 @@ def _apply(net, layers, graphs, change):
     mark_edited()
 
 
-def _held(value):
-    """Blocks in a list, tuple or dict, however deep."""
-    if isinstance(value, Block):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _held(one)
-    elif isinstance(value, dict):
-        yield from _held(list(value.values()))
-
-
 def _check_registered(blocks):
     """Gluon does not know of blocks in a list of the network's own, so neither can we."""
     known = {id(block) for block in blocks}
@@ -62,7 +52,7 @@ def _check_registered(blocks):
         for name, value in vars(block).items():
             if name.startswith("_") or not isinstance(value, (list, tuple, dict)):
                 continue
-            for held in _held(value):
+            for held in instances_in(value, Block):
                 if id(held) not in known and any(map(_family, blocks_of(held))):
                     raise ConversionError(
                         f"{block.name}.{name} holds {held.name}, which Gluon does not know of; "

@@ -39,6 +39,7 @@ _STRINGS = ctypes.POINTER(ctypes.c_char_p)
 _SIGNATURES = {
     "LastError": (ctypes.c_char_p, []),
     "RegisterOperators": (ctypes.c_int, []),
+    "NeedCuda": (ctypes.c_int, []),
     "BarrierCreate": (ctypes.c_void_p, [ctypes.c_double]),
     "BarrierFree": (None, [ctypes.c_void_p]),
     "BarrierArrive": (

@@ -10,6 +10,7 @@ from .exchanges import edits, exchanges_of, forget_traces
 from .first_call import FirstCall
 from .key_barrier import BARRIER
 from .keyword_arguments import call
+from .library import LIBRARY, check
 from .shares import check_contexts, split
 
 
@@ -48,10 +49,12 @@ class ModelDataParallel:
     TypeError
         If ``net`` is no Block; from a call, if the first argument is no list of NDArrays.
     ValueError
-        If ``ctx_list`` is empty or repeats a device, or a layer's ``num_devices`` contradicts it;
-        from a call, if the inputs do not lie on distinct devices of it.
+        If ``ctx_list`` is empty, repeats a device or mixes CPUs and GPUs, or a layer's
+        ``num_devices`` contradicts it; from a call, if the inputs do not lie on distinct devices
+        of it.
     RuntimeError
-        If there are several devices and MXNet runs on NaiveEngine.
+        If there are several devices and MXNet runs on NaiveEngine, or the devices are GPUs and this
+        package was built without its CUDA side.
     Exception
         From a call, whatever the network raises on one of the devices; the next call works.
 
@@ -82,6 +85,8 @@ class ModelDataParallel:
             raise TypeError(f"the network must be a gluon Block, but is {type(net).__name__}")
         self.ctx_list = check_contexts(ctx_list)
         self.net = net
+        if self.ctx_list[0].device_type == "gpu":
+            check(LIBRARY.GluonSyncBNNeedCuda())
         if len(self.ctx_list) > 1 and os.environ.get("MXNET_ENGINE_TYPE") == "NaiveEngine":
             raise RuntimeError(
                 "NaiveEngine runs one operator at a time, so several devices can never meet; "

@@ -21,18 +21,27 @@ def check_contexts(contexts, name="ctx_list"):
     repeated = sorted({str(c) for c in contexts if contexts.count(c) > 1})
     if repeated:
         raise ValueError(f"{name} repeats {', '.join(repeated)}; a device takes part once")
+    if len({c.device_type == "gpu" for c in contexts}) > 1:
+        raise ValueError(
+            f"{name} mixes CPUs and GPUs, {', '.join(map(str, contexts))}; take one kind of device"
+        )
     return contexts
+
+
+def instances_in(value, kind):
+    """Yield what is of a type, be it the value or in the lists, tuples and dicts within it."""
+    if isinstance(value, kind):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from instances_in(entry, kind)
+    elif isinstance(value, dict):
+        yield from instances_in(list(value.values()), kind)
 
 
 def arrays_in(value):
     """Yield the NDArrays in a value and in the lists, tuples and dicts within it."""
-    if isinstance(value, NDArray):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from arrays_in(entry)
-    elif isinstance(value, dict):
-        yield from arrays_in(list(value.values()))
+    return instances_in(value, NDArray)
 
 
 def _is_per_device(value):

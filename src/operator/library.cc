@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda_library.h"
 #include "key_barrier.h"
 #include "process_barrier.h"
 
@@ -63,6 +64,11 @@ GLUON_SYNCBN_API const char* GluonSyncBNLastError() { return gluon_syncbn::last_
 
 GLUON_SYNCBN_API int GluonSyncBNRegisterOperators() {
   return Guarded([] { mxnet::op::RegisterLegacyOpProp(); });
+}
+
+// Fails where there is no CUDA side, and says what to do.
+GLUON_SYNCBN_API int GluonSyncBNNeedCuda() {
+  return Guarded([] { gluon_syncbn::NeedCudaLibrary(); });
 }
 
 // The functions below take a barrier, or null for the process's own.
