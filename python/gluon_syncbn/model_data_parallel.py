@@ -6,12 +6,12 @@ from mxnet import autograd, ndarray
 from mxnet.gluon import Block
 
 from . import device_threads, random_state
-from .exchanges import edits, exchanges_of, forget_traces
+from .exchanges import blocks_of, edits, exchanges_of, forget_traces
 from .first_call import FirstCall
 from .key_barrier import BARRIER
 from .keyword_arguments import call
 from .library import LIBRARY, check
-from .shares import check_contexts, split
+from .shares import arrays_in, check_contexts, split
 
 
 class ModelDataParallel:
@@ -95,6 +95,7 @@ class ModelDataParallel:
         random_state.begin()
         self._first_call = FirstCall(net, self._call)
         self._mode = None
+        self._outputs = []  # of the last call, where the next one has to wait for them
         self._failures = BARRIER.failures
         self._edits = 0
         self._exchanges()
@@ -118,7 +119,10 @@ class ModelDataParallel:
             self._first_call.prepare(shares[0], self.ctx_list)
         keys = [e.key for e in exchanges]
         self._enter_mode(keys, len(shares))
+        self._keep_order()
         outputs = self._run(shares, keys)
+        if autograd.is_training() and len(shares) > 1 and _has_static_shape(self.net):
+            self._outputs = list(arrays_in(outputs))
         if len(shares) < len(self.ctx_list):
             self._stand_in([share.context for share in shares], exchanges)
         return outputs
@@ -135,6 +139,16 @@ class ModelDataParallel:
         device_threads.settle()
         BARRIER.set_members(keys, num_devices)
         self._mode = mode
+
+    def _keep_order(self):
+        """Let the forward pass before this one finish, where the engine would not keep the order.
+
+        A graph with ``static_shape`` does not tell the engine that it writes statistics, so on one
+        device the next pass could overtake it in some layer, and meet the others' earlier pass.
+        """
+        outputs, self._outputs = self._outputs, []
+        for output in outputs:
+            output.wait_to_read()
 
     def _stand_in(self, present, exchanges):
         """Do for the devices without input what the others did for themselves."""
@@ -178,6 +192,10 @@ class ModelDataParallel:
         if BARRIER.failures != self._failures:
             self._failures = BARRIER.failures
             device_threads.settle()
+
+
+def _has_static_shape(net):
+    return any(dict(getattr(block, "_flags", ())).get("static_shape") for block in blocks_of(net))
 
 
 def _copy_statistics(exchanges, source, absent):
