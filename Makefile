@@ -38,6 +38,15 @@ gluoncv: build  ## put GluonCV into .venv-gluoncv and test it with our layers, s
 	.venv-gluoncv/bin/python -m pip install --quiet --no-deps -r tests/requirements-gluoncv.txt
 	PYTHONPATH=python .venv-gluoncv/bin/python -m pytest tests/test_gluoncv.py $(TEST_ARGS)
 
+cu112: build  ## test our CPU side in mxnet-cu112, with or without a GPU; downloads 500 MB
+	$(PYTHON) -m venv .venv-cu112
+	.venv-cu112/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt \
+	  mxnet-cu112==1.9.1 nvidia-cuda-runtime-cu11==11.8.89
+	.venv-cu112/bin/python tests/cuda_standins.py .venv-cu112/standins
+	PYTHONPATH="$(abspath python)" GLUON_SYNCBN_TEST_CU112=1 \
+	  LD_LIBRARY_PATH="$${LD_LIBRARY_PATH:+$$LD_LIBRARY_PATH:}$(abspath .venv-cu112/standins)" \
+	  .venv-cu112/bin/python -m pytest $(TEST_ARGS)
+
 torch:  ## put PyTorch (CPU) into .venv-torch, where `make bench` finds it
 	$(PYTHON) -m venv .venv-torch
 	.venv-torch/bin/python -m pip install --quiet torch==2.13.0 "numpy<2.3"
@@ -55,7 +64,7 @@ format: $(VENV)/ready  ## format Python and C++
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist out python/gluon_syncbn/*.so python/*.egg-info
 
-.PHONY: help train finetune test build bench gluoncv torch lint format clean
+.PHONY: help train finetune test build bench gluoncv cu112 torch lint format clean
 
 $(LIBRARY): $(VENV)/ready $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build -G Ninja \

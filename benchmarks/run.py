@@ -196,9 +196,39 @@ def draw(report, path):
     figure.savefig(path, dpi=120)
 
 
+def write(report, about, folder, name):
+    os.makedirs(folder, exist_ok=True)
+    prefix = os.path.join(folder, name)
+    with open(f"{prefix}.json", "w", encoding="utf-8") as file:
+        json.dump({"about": about, "tables": report.tables}, file, indent=1, ensure_ascii=False)
+    with open(f"{prefix}.md", "w", encoding="utf-8") as file:
+        file.write(report.markdown(about))
+    print(f"\nwrote {prefix}.json and {prefix}.md")
+    return prefix
+
+
+def on_gpu(arguments):
+    """The CUDA kernels, in the Python that has PyTorch."""
+    import gpu
+
+    python = os.path.abspath(arguments.torch_python)
+    if gpu.unavailable().startswith("PyTorch is not") and os.path.exists(python):
+        command = [os.path.abspath(__file__), *sys.argv[1:], "--torch-python", ""]
+        os.execv(python, [python, *command])
+    if gpu.unavailable():
+        raise SystemExit(f"nothing to time on a GPU: {gpu.unavailable()}")
+    report = Report()
+    about = gpu.run(report, arguments.quick)
+    print(about)
+    write(report, about, arguments.out, "gpu")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="out", help="where the results go")
+    parser.add_argument(
+        "--ctx", choices=["cpu", "gpu"], default="cpu", help="gpu: the CUDA kernels, see gpu.py"
+    )
     parser.add_argument("--quick", action="store_true", help="a quarter of the time, more noise")
     parser.add_argument("--library", required=True, help="the compiled kernels_bench.cc")
     parser.add_argument(
@@ -207,6 +237,8 @@ def main():
         help="a Python with PyTorch, whose NumPy MXNet cannot use (make torch); else this one",
     )
     arguments = parser.parse_args()
+    if arguments.ctx == "gpu":
+        return on_gpu(arguments)
     seconds, rounds = (0.4, 3) if arguments.quick else (1.1, 5)
 
     floor, kernels = (Candidate(n, library=arguments.library) for n in ("floor", "kernels"))
@@ -351,14 +383,9 @@ def main():
         report.row(norm, t, t / times[1], f"{100 * (1 - times[2] / t):.0f} %")
     network.process.stdin.close()
 
-    os.makedirs(arguments.out, exist_ok=True)
-    prefix = os.path.join(arguments.out, "benchmark")
-    with open(f"{prefix}.json", "w", encoding="utf-8") as file:
-        json.dump({"about": about, "tables": report.tables}, file, indent=1, ensure_ascii=False)
-    with open(f"{prefix}.md", "w", encoding="utf-8") as file:
-        file.write(report.markdown(about))
+    prefix = write(report, about, arguments.out, "benchmark")
     draw(report, f"{prefix}.png")
-    print(f"\nwrote {prefix}.json, {prefix}.md and {prefix}.png")
+    print(f"wrote {prefix}.png")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,11 @@ def run(script, **environment):
     )
 
 
+@pytest.mark.skipif("GLUON_SYNCBN_TEST_CU112" not in os.environ, reason="`make cu112` sets it")
+def test_these_tests_run_in_mxnet_cu112():
+    assert mx.runtime.Features().is_enabled("CUDA")
+
+
 def test_built_where_there_is_a_compiler():
     if shutil.which("nvcc") and os.environ.get("GLUON_SYNCBN_CUDA", "AUTO") != "OFF":
         assert CUDA.exists(), "nvcc is on the path, but there is no CUDA side; run make clean build"

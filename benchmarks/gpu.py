@@ -1,0 +1,250 @@
+"""Time the CUDA kernels beside PyTorch's and cuDNN's, as bandwidth over that of a copy.
+
+    make bench BENCH_ARGS="--ctx gpu"
+
+Every candidate computes the same step of batch normalization on the same arrays, in training; all
+are checked against each other before any is timed.  Effective bandwidth is the bytes that the step
+needs (each kernel's arrays once) over the time that it took, on events of CUDA's; the copy is
+device to device, of the same array, in turn with the candidates.  Needs PyTorch with CUDA.
+"""
+
+import ctypes
+import datetime
+import os
+import statistics
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+LIBRARY = os.path.join(HERE, "..", "python", "gluon_syncbn", "libgluon_syncbn_cuda.so")
+sys.path.insert(0, os.path.join(HERE, "..", "tests"))
+
+# 64 MB and more in float32; beyond the caches of any GPU.
+SHAPES = [(32, 64, 112, 112), (64, 256, 56, 56), (128, 512, 28, 28), (64, 2048, 14, 14)]
+SMALL = [(16, 64, 56, 56), (32, 256, 14, 14)]
+DTYPES = ["float32", "float16", "float64"]
+# What the four kernels move: x; x, y; dy, x; dy, x, dx.
+PASSES = 1 + 2 + 2 + 3
+
+
+def unavailable():
+    """Say why nothing can be timed here; empty if it can."""
+    try:
+        import torch
+    except ImportError:
+        return "PyTorch is not installed in this environment"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no GPU here"
+    if not os.path.exists(LIBRARY):
+        return "this build has no CUDA side: no nvcc was found"
+    return ""
+
+
+class Case:
+    """The arrays of one shape, dtype and layout, and the candidates' steps on them."""
+
+    def __init__(self, kernels, shape, dtype, channels_last):
+        import torch
+
+        import gpu_kernels as checks
+
+        self.torch, self.checks, self.kernels = torch, checks, kernels
+        self.channels = shape[1]
+        kind = getattr(torch, dtype)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def array():
+            values = torch.randn(shape, device="cuda", generator=generator)
+            return values.to(kind).to(memory_format=layout)
+
+        self.x, self.dy = array(), array()
+        self.y, self.dx = torch.empty_like(self.x), torch.empty_like(self.x)
+        wide = torch.float64 if dtype == "float64" else torch.float32
+        per_channel = dict(device="cuda", dtype=wide)
+        self.gamma = torch.rand(self.channels, generator=generator, **per_channel) + 0.5
+        self.beta = torch.randn(self.channels, generator=generator, **per_channel)
+        self.mean, self.var = torch.zeros_like(self.gamma), torch.ones_like(self.gamma)
+        self.dgamma, self.dbeta = torch.empty_like(self.gamma), torch.empty_like(self.gamma)
+        doubles = dict(device="cuda", dtype=torch.float64)
+        self.local = torch.empty(2 * self.channels + 1, **doubles)
+        self.sums = torch.empty(2 * self.channels + 1, **doubles)
+        self.coefficients = torch.empty(2 * self.channels, **doubles)
+        self.count = torch.tensor(
+            [self.x.numel() // self.channels], dtype=torch.int32, device="cuda"
+        )
+        n, c, h, w = shape
+        of_layout = (n, h, w, c) if channels_last else shape
+        self.shape = checks.feature_shape(of_layout, -1 if channels_last else 1)
+        self.type = checks.TYPES[dtype]
+
+    def bytes(self):
+        return self.x.numel() * self.x.element_size()
+
+    def ours(self):
+        """The four kernels of a synchronized layer; the exchange, which sums, is left out."""
+        c, at = self.checks, (lambda t: t.data_ptr())
+        run = self.kernels.run
+        run(c.MomentsForward(self.type, self.shape, at(self.x), at(self.x), True, at(self.local)))
+        run(
+            c.NormalizeForward(
+                self.type,
+                self.shape,
+                1e-5,
+                0.9,
+                False,
+                at(self.x),
+                at(self.local),
+                at(self.gamma),
+                at(self.beta),
+                at(self.mean),
+                at(self.var),
+                c.WRITE,
+                at(self.y),
+            )  # fmt: skip
+        )
+        run(
+            c.NormalizeBackward(
+                self.type,
+                self.shape,
+                1e-5,
+                False,
+                at(self.dy),
+                at(self.x),
+                at(self.local),
+                at(self.gamma),
+                at(self.mean),
+                at(self.var),
+                c.WRITE,
+                at(self.dy),
+                at(self.sums),
+                at(self.coefficients),
+                c.WRITE,
+                at(self.dgamma),
+                c.WRITE,
+                at(self.dbeta),
+            )  # fmt: skip
+        )
+        run(
+            c.MomentsBackward(
+                self.type,
+                self.shape,
+                at(self.dy),
+                at(self.x),
+                at(self.sums),
+                at(self.coefficients),
+                c.WRITE,
+                at(self.dx),
+            )  # fmt: skip
+        )
+        return self.y, self.dx, self.dgamma, self.dbeta
+
+    def pytorch(self):
+        """The four kernels of torch.nn.SyncBatchNorm."""
+        torch = self.torch
+        mean, invstd = torch.batch_norm_stats(self.x, 1e-5)
+        y = torch.batch_norm_elemt(self.x, self.gamma, self.beta, mean, invstd, 1e-5)
+        sum_dy, sum_dy_xmu, dgamma, dbeta = torch.batch_norm_backward_reduce(
+            self.dy, self.x, mean, invstd, self.gamma, True, True, True
+        )
+        dx = torch.batch_norm_backward_elemt(
+            self.dy, self.x, mean, invstd, self.gamma, sum_dy, sum_dy_xmu, self.count
+        )
+        return y, dx, dgamma, dbeta
+
+    def cudnn(self):
+        """cuDNN's batch normalization, forward and backward; not synchronized."""
+        torch = self.torch
+        y, mean, invstd, reserve = torch.cudnn_batch_norm(
+            self.x, self.gamma, self.beta, None, None, True, 0.1, 1e-5
+        )
+        dx, dgamma, dbeta = torch.ops.aten.cudnn_batch_norm_backward(
+            self.x, self.dy, self.gamma, None, None, mean, invstd, 1e-5, reserve
+        )
+        return y, dx, dgamma, dbeta
+
+    def copy(self):
+        self.y.copy_(self.x)
+
+    def check(self):
+        wanted = [t.double() for t in self.ours()]
+        tolerance = 1e-2 if self.x.dtype == self.torch.float16 else 1e-4
+        for candidate in (self.pytorch, self.cudnn):
+            try:
+                got = candidate()
+            except RuntimeError:  # cuDNN has no float64 channels last, for one
+                continue
+            for a, b in zip(got, wanted):
+                error = (a.double() - b).abs().max() / b.abs().max()
+                assert error < tolerance, (candidate.__name__, float(error))
+
+
+def seconds_of(torch, function, repeats):
+    """The median time of a step, replayed from a graph: what launching it costs is left out."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        function()
+    times = []
+    for _ in range(repeats + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times[3:])
+
+
+def run(report, quick):
+    """Fill a report with tables; give what the figures are of."""
+    import torch
+
+    import gpu_kernels as checks
+
+    class Device:
+        index = 0
+
+        @property
+        def stream(self):
+            return torch.cuda.current_stream().cuda_stream
+
+    kernels = checks.Kernels(ctypes.CDLL(LIBRARY), Device())
+    repeats = 10 if quick else 50
+    for title, shapes in (("Arrays beyond the caches", SHAPES), ("Smaller arrays", SMALL)):
+        report.table(
+            f"{title}: forward and backward on a GPU",
+            ["shape", "copy (GB/s)", "ours", "pytorch", "cudnn", "times pytorch's speed"],
+            "Effective bandwidth over the copy's.",
+        )
+        for shape in shapes:
+            for dtype in DTYPES:
+                for channels_last in (False, True):
+                    case = Case(kernels, shape, dtype, channels_last)
+                    case.check()
+                    copy = 2 * case.bytes() / seconds_of(torch, case.copy, repeats)
+                    speeds = []
+                    for candidate in (case.ours, case.pytorch, case.cudnn):
+                        try:
+                            taken = seconds_of(torch, candidate, repeats)
+                        except RuntimeError:
+                            speeds.append(None)
+                        else:
+                            speeds.append(PASSES * case.bytes() / taken / copy)
+                    layout = " channels last" if channels_last else ""
+                    report.row(
+                        "×".join(map(str, shape)) + f" {dtype}{layout}",
+                        copy / 1e9,
+                        *speeds,
+                        speeds[0] / speeds[1],
+                    )
+                    del case
+                    torch.cuda.empty_cache()
+    return (
+        f"{datetime.date.today()}, {torch.cuda.get_device_name()}, PyTorch {torch.__version__}, "
+        f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}. Medians."
+    )

@@ -1,0 +1,143 @@
+"""The operators on GPU contexts, inside MXNet.
+
+Only our operators and copies run on the GPU here, so that these tests also pass on a GPU that
+mxnet-cu112 has no kernels for: gradients and heads are explicit, and nothing is computed with
+MXNet's own operators.
+"""
+
+import ctypes
+import pathlib
+
+import mxnet as mx
+import numpy as np
+import pytest
+from mxnet import autograd
+
+from gluon_syncbn import library
+from gluon_syncbn.library import LIBRARY
+from reference import batch_norm, largest_error
+
+TOLERANCE = {"float16": 2e-3, "float32": 3e-6, "float64": 1e-11}
+
+
+def missing():
+    if not mx.runtime.Features().is_enabled("CUDA"):
+        return "this MXNet has no CUDA; install mxnet-cu112"
+    if not pathlib.Path("/dev/nvidia0").exists():
+        return "there is no GPU here"
+    if LIBRARY.GluonSyncBNNeedCuda() != 0:
+        return LIBRARY.GluonSyncBNLastError().decode()
+    return ""
+
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "none")
+GPU = mx.gpu(0)
+
+
+def on_gpu(values, dtype=None):
+    return mx.nd.array(values, ctx=GPU, dtype=dtype or values.dtype)
+
+
+def differentiable(*arrays, grad_req="write"):
+    grads = [on_gpu(np.full(a.shape, 2, a.dtype)) for a in arrays]
+    autograd.mark_variables(list(arrays), grads, grad_req)
+    return grads
+
+
+class Layer:
+    def __init__(self, channels, dtype):
+        rng = np.random.RandomState(1)
+        wide = "float64" if dtype == "float64" else "float32"
+        self.gamma_value = (rng.rand(channels) + 0.5).astype(wide)
+        self.beta_value = rng.randn(channels).astype(wide)
+        self.gamma, self.beta = on_gpu(self.gamma_value), on_gpu(self.beta_value)
+        self.mean = on_gpu(np.zeros(channels, wide))
+        self.var = on_gpu(np.ones(channels, wide))
+
+    def meeting(self, x, axis, num_devices, key):
+        op = mx.nd._internal
+        handed, local, coefficients = op._syncbn_moments(x, axis=axis)
+        total = op._syncbn_sum(local, self.mean, key=key, num_devices=num_devices)
+        return op._syncbn_normalize(
+            handed, total, coefficients, self.gamma, self.beta, self.mean, self.var, axis=axis
+        )
+
+    def alone(self, x, axis):
+        return mx.nd._internal._syncbn_batch_norm(
+            x, self.gamma, self.beta, self.mean, self.var, axis=axis
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("shape, axis", [((6, 5, 7, 9), 1), ((6, 7, 9, 8), -1), ((64, 10), 1)])
+@pytest.mark.parametrize("how", ["meeting", "alone"])
+@pytest.mark.parametrize("grad_req", ["write", "add"])
+def test_a_step(dtype, shape, axis, how, grad_req):
+    rng = np.random.RandomState(0)
+    x_value, dy = rng.randn(*shape).astype(dtype), rng.randn(*shape).astype(dtype)
+    layer = Layer(shape[axis], dtype)
+    x = on_gpu(x_value)
+    grads = differentiable(x, layer.gamma, layer.beta, grad_req=grad_req)
+    with autograd.record():
+        y = layer.meeting(x, axis, 1, "one") if how == "meeting" else layer.alone(x, axis)
+    autograd.backward([y], [on_gpu(dy)])
+    wanted = batch_norm([x_value], [dy], layer.gamma_value, layer.beta_value, axis=axis)
+    before = 2 if grad_req == "add" else 0
+    assert largest_error(y.asnumpy(), wanted.y[0]) < TOLERANCE[dtype]
+    for got, value in zip(grads, (wanted.dx[0], wanted.dgamma[0], wanted.dbeta[0])):
+        assert largest_error(got.asnumpy(), value + before) < TOLERANCE[dtype]
+    assert largest_error(layer.mean.asnumpy(), 0.1 * wanted.mean) < 1e-5
+
+
+def arrive(key, lane, name, num_devices, values):
+    """A second participant of the process's own exchange, from the host."""
+    done = library.DONE(lambda *_: None)
+    numbers = (ctypes.c_double * len(values))(*values)
+    status = LIBRARY.GluonSyncBNBarrierArrive(
+        None, key.encode(), lane, 12345, b"gpu", name.encode(), num_devices, numbers,
+        len(values), done, None,
+    )  # fmt: skip
+    assert status == 0
+    return done
+
+
+def test_two_participants_on_one_gpu():
+    rng = np.random.RandomState(0)
+    x, other = rng.randn(4, 3, 5, 5).astype("float32"), rng.randn(2, 3, 5, 5).astype("float32")
+    layer = Layer(3, "float32")
+    with autograd.record():
+        y = layer.meeting(on_gpu(x), 1, 2, "two")
+    flat = other.transpose(0, 2, 3, 1).reshape(-1, 3).astype("float64")
+    statistics = [*flat.sum(0), *(flat**2).sum(0), len(flat)]
+    kept = arrive("two", 0, "the other", 2, statistics)
+    wanted = batch_norm([x, other], [x, other], layer.gamma_value, layer.beta_value)
+    assert largest_error(y.asnumpy(), wanted.y[0]) < TOLERANCE["float32"]
+    del kept
+
+
+def test_sum_and_gradient():
+    for dtype in ("float32", "float64"):
+        x = on_gpu(np.arange(1000, dtype=dtype))
+        (grad,) = differentiable(x, grad_req="add")
+        with autograd.record():
+            y = mx.nd.contrib.KeyBarrierSum(x, key="sum", num_devices=1)
+        autograd.backward([y], [on_gpu(np.full(1000, 3, dtype))])
+        assert (y.asnumpy() == np.arange(1000)).all()
+        assert (grad.asnumpy() == 5).all()
+
+
+def test_a_cpu_and_a_gpu_do_not_meet():
+    arrays = [mx.nd.ones(3, ctx=mx.cpu(0)), on_gpu(np.ones(3, "float32"))]
+    sums = [mx.nd.contrib.KeyBarrierSum(a, key="mixed", num_devices=2) for a in arrays]
+    for result in sums:
+        with pytest.raises(mx.MXNetError, match="must be of one kind"):
+            result.asnumpy()
+
+
+def test_a_device_that_does_not_come():
+    import gluon_syncbn
+
+    gluon_syncbn.set_timeout(1)
+    y = mx.nd.contrib.KeyBarrierSum(on_gpu(np.ones(3, "float32")), key="lonely", num_devices=2)
+    with pytest.raises(mx.MXNetError, match=r"gpu\(0\)"):
+        y.asnumpy()
