@@ -73,26 +73,29 @@ class Segmentation:
         return MixSoftmaxCrossEntropyLoss(aux=True, size_average=False)
 
 
+def small_ssd(**options):
+    return model_zoo.get_ssd(
+        "mobilenet0.25",
+        96,
+        features=["relu22_fwd", "relu26_fwd"],
+        filters=[64],
+        sizes=[10, 30, 60, 90],
+        ratios=[[1, 2, 0.5]] * 3,
+        steps=[16, 32, 64],
+        classes=CLASSES,
+        dataset="none",
+        pretrained_base=False,
+        **options,
+    )
+
+
 class SSD:
     dtype, tolerance = "float32", 1e-4
 
     def net(self, devices):
         # The layers that GluonCV appends to a named network keep its own BatchNorm; use_bn=False
         # leaves them out, so that the whole network is synchronized.
-        return model_zoo.get_ssd(
-            "mobilenet0.25",
-            96,
-            features=["relu22_fwd", "relu26_fwd"],
-            filters=[64],
-            sizes=[10, 30, 60, 90],
-            ratios=[[1, 2, 0.5]] * 3,
-            steps=[16, 32, 64],
-            classes=CLASSES,
-            dataset="none",
-            pretrained_base=False,
-            use_bn=False,
-            **norm(devices),
-        )
+        return small_ssd(use_bn=False, **norm(devices))
 
     def data(self, rng):
         anchors = 4 * (6 * 6 + 3 * 3 + 2 * 2)
@@ -288,19 +291,7 @@ def test_evaluation_waits_for_nobody():
 
 def test_what_ssd_appends_by_itself_is_converted():
     """The layers that GluonCV appends to a named network know nothing of norm_layer."""
-    net = model_zoo.get_ssd(
-        "mobilenet0.25",
-        96,
-        features=["relu22_fwd", "relu26_fwd"],
-        filters=[64],
-        sizes=[10, 30, 60, 90],
-        ratios=[[1, 2, 0.5]] * 3,
-        steps=[16, 32, 64],
-        classes=CLASSES,
-        dataset="none",
-        pretrained_base=False,
-        **norm(2),
-    )
+    net = small_ssd(**norm(2))
     net.initialize(ctx=[mx.cpu(0), mx.cpu(1)])
     x = mx.nd.random.normal(shape=(2, 3, 96, 96))
     wanted = [y.asnumpy() for y in net(x)]

@@ -62,7 +62,7 @@ def elsewhere(prefix, x, tmp_path, how):
 def randomize(net, rng):
     """Parameters as after some training; gamma stays as it is where it counts as 1."""
     for name, parameter in net.collect_params().items():
-        if name.endswith(("gamma", "beta", "running_mean", "running_var")):
+        if name.endswith(("gamma", "beta", "_mean", "_var")):
             parameter.set_data(mx.nd.array(rng.rand(*parameter.shape) + 0.5))
 
 
@@ -215,6 +215,22 @@ def test_folding(make, shape, left, tmp_path, rng):
     assert sum("gamma" in name for name in mx.nd.load(files[1])) == left
     outputs = mx.sym.load(files[0]).list_outputs()
     assert outputs == net._cached_graph[1].list_outputs()
+
+
+def test_folding_into_a_deconvolution_that_says_nothing_of_a_bias(tmp_path, rng):
+    """MXNet's Deconvolution has none by default, its Convolution has one; Gluon always says."""
+    data = mx.sym.var("data")
+    up = mx.sym.Deconvolution(data, name="up", num_filter=4, kernel=(3, 3))
+    assert up.list_arguments() == ["data", "up_weight"]
+    net = gluon.SymbolBlock(mx.sym.BatchNorm(up, name="norm", fix_gamma=False), data)
+    x = mx.nd.array(rng.randn(2, 3, 6, 6))
+    net.initialize(mx.init.Uniform())
+    net(x)
+    randomize(net, rng)
+    wanted = net(x).asnumpy()
+    files = export_for_inference(net, str(tmp_path / "net"), fold=True)
+    assert operators(files[0]) == ["Deconvolution"]
+    assert_close(gluon.SymbolBlock.imports(files[0], ["data"], files[1])(x).asnumpy(), wanted)
 
 
 def test_channels_last_convolutions_are_left_alone(rng):
