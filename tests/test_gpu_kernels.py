@@ -160,3 +160,13 @@ def test_errors_are_told(kernels):
     kernel = checks.MomentsBackward(1, layer.shape)
     with pytest.raises(RuntimeError, match="on the GPU: invalid device ordinal"):
         kernels.run(kernel, device=7)
+
+
+def test_a_failure_on_the_device_reaches_who_waits_for_its_numbers(library, kernels):
+    array = kernels.device.array(np.ones(3))
+    library.EmulateFailure(1)
+    try:
+        (error,) = kernels.read(array, 3)
+    finally:
+        library.EmulateFailure(0)
+    assert b"an operator on this device failed" in error

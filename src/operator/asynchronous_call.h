@@ -15,6 +15,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <thread>
 #include <utility>
@@ -28,6 +29,19 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
  public:
   AsynchronousCall(const mxnet::OpContext& ctx, mxnet::OpReqType req, const mxnet::TBlob& to)
       : context_(ctx.run_ctx.ctx), on_complete_(ctx.async_on_complete), req_(req), to_(to) {}
+
+  // On a GPU, before a thread of CUDA's may end the call: the engine starts a device's worker when
+  // its first operation is queued, and waits until that has set up CUDA.
+  void NeedWorker() {
+    static std::mutex mutex;
+    static std::set<int> started;
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!started.insert(context_.dev_id).second) return;
+    const auto nothing = [](void*, void* done, void*) {
+      (*static_cast<mxnet::engine::CallbackOnComplete*>(done))();
+    };
+    MXEnginePushAsync(nothing, nullptr, nullptr, &context_, nullptr, 0, nullptr, 0);
+  }
 
   // One of these three, once; the first two from any thread.
   void Succeed(std::vector<double> result) {

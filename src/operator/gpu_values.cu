@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -51,7 +52,7 @@ class PinnedPool {
   std::map<std::size_t, std::vector<double*>> free_;
 };
 
-// Never destroyed: host functions may still return buffers when the process ends.
+// Never destroyed: callbacks may still return buffers when the process ends.
 PinnedPool& Pool() {
   static PinnedPool& pool = *std::make_unique<PinnedPool>().release();
   return pool;
@@ -99,9 +100,17 @@ struct Reading {
   GluonSyncBNValuesRead done = nullptr;
   void* data = nullptr;
 
-  static void CUDART_CB Tell(void* self) {
+  // Also called when something on the device has failed.
+  static void CUDART_CB Tell(cudaStream_t, cudaError_t status, void* self) {
     const std::unique_ptr<Reading> reading(static_cast<Reading*>(self));
-    reading->done(reading->data, reading->values.get(), reading->count, nullptr);
+    if (status == cudaSuccess) {
+      reading->done(reading->data, reading->values.get(), reading->count, nullptr);
+    } else {
+      const std::string error = "gluon_syncbn on the GPU: CUDA error " +
+                                std::to_string(static_cast<int>(status)) +
+                                " before an exchange; an operator on this device failed.";
+      reading->done(reading->data, nullptr, 0, error.c_str());
+    }
   }
 };
 
@@ -122,7 +131,12 @@ void ReadDeviceValues(int device, DataType type, const void* from, std::size_t c
     Launch(gpu, ToDoubles<float>, GridFor(count), dim3(kThreads), static_cast<const float*>(from),
            n, reading->values.get());
   }
-  Check(cudaLaunchHostFunc(ToStream(gpu), &Reading::Tell, reading.get()));
+  // (cudaLaunchHostFunc's function is not called after an error, and nobody would complete.)
+  const cudaError_t status = cudaStreamAddCallback(ToStream(gpu), &Reading::Tell, reading.get(), 0);
+  if (status != cudaSuccess) {
+    cudaStreamSynchronize(ToStream(gpu));  // the kernel writes to the buffer
+    Check(status);
+  }
   reading.release();  // Tell deletes it
 }
 

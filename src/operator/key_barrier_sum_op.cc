@@ -112,6 +112,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
       Raise("On a GPU, gluon_syncbn needs MXNet's threads; ", kUnsetNaive, ".");
     const int num_devices = forward ? NumDevices(param_) : round_devices_;
     const auto call = std::make_shared<AsynchronousCall>(ctx, req, to);
+    if (gpu) call->NeedWorker();
     ReadValues(ctx.run_ctx.ctx, from, [=](std::vector<double> values, const std::string& error) {
       if (!error.empty()) return call->Fail(error);
       if (forward) exchanged_ = IsExchanged(values, num_devices);

@@ -105,6 +105,10 @@ constexpr unsigned cudaHostAllocPortable = 1;
 using cudaStream_t = struct CUstream_st*;
 inline const cudaStream_t cudaStreamPerThread = reinterpret_cast<cudaStream_t>(2);
 
+namespace emulation {
+inline cudaError_t stream_status = cudaSuccess;  // what callbacks are told
+}
+
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "invalid configuration";
 }
@@ -159,7 +163,9 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaS
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaLaunchHostFunc(cudaStream_t, void (*function)(void*), void* data) {
-  function(data);
+inline cudaError_t cudaStreamAddCallback(cudaStream_t stream,
+                                         void (*function)(cudaStream_t, cudaError_t, void*),
+                                         void* data, unsigned) {
+  function(stream, emulation::stream_status, data);
   return cudaSuccess;
 }

@@ -11,3 +11,6 @@ extern "C" __attribute__((visibility("default"))) void Emulate(int multiprocesso
 extern "C" __attribute__((visibility("default"))) long EmulatedAllocations() {
   return emulation::allocations;
 }
+extern "C" __attribute__((visibility("default"))) void EmulateFailure(int failed) {
+  emulation::stream_status = failed != 0 ? cudaErrorInvalidConfiguration : cudaSuccess;
+}

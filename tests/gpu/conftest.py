@@ -2,11 +2,10 @@
 
 test_cuda_kernels.py needs PyTorch with CUDA, and no MXNet:
 
-    python -m pytest --confcutdir=tests/gpu tests/gpu/test_cuda_kernels.py
-    compute-sanitizer --tool memcheck python -m pytest --confcutdir=tests/gpu tests/gpu -k kernels
-    compute-sanitizer --tool racecheck python -m pytest --confcutdir=tests/gpu tests/gpu -k kernels
+    run="python -m pytest --confcutdir=tests/gpu tests/gpu/test_cuda_kernels.py"
+    $run; compute-sanitizer --tool memcheck $run; compute-sanitizer --tool racecheck $run
 
-test_cuda_operators.py needs mxnet-cu112.
+test_cuda_operators.py needs mxnet-cu112, and works where PyTorch is missing.
 """
 
 import pathlib

@@ -1,7 +1,7 @@
 """The operators on GPU contexts, inside MXNet.
 
-Only our operators and copies run on the GPU here, so that these tests also pass on a GPU that
-mxnet-cu112 has no kernels for: gradients and heads are explicit, and nothing is computed with
+Only our operators and copies run on the GPU here, so that a GPU that mxnet-cu112 has no kernels for
+should do, too: gradients and heads are explicit, and nothing is computed with
 MXNet's own operators.
 """
 
@@ -141,3 +141,44 @@ def test_a_device_that_does_not_come():
     y = mx.nd.contrib.KeyBarrierSum(on_gpu(np.ones(3, "float32")), key="lonely", num_devices=2)
     with pytest.raises(mx.MXNetError, match=r"gpu\(0\)"):
         y.asnumpy()
+
+
+@pytest.mark.skipif(
+    not missing() and mx.context.num_gpus() < 2, reason="needs two GPUs, and there is one"
+)
+def test_plain_backward_on_two_gpus():
+    """From one thread, one device's layers after the other's; on CPU contexts that can deadlock."""
+    contexts = [mx.gpu(0), mx.gpu(1)]
+    rng = np.random.RandomState(0)
+    values = [rng.randn(4, 3, 9, 9).astype("float32") for _ in contexts]
+    heads = [rng.randn(4, 3, 9, 9).astype("float32") for _ in contexts]
+    xs = [mx.nd.array(v, ctx=c) for v, c in zip(values, contexts)]
+    grads = [mx.nd.array(np.zeros_like(v), ctx=c) for v, c in zip(values, contexts)]
+    autograd.mark_variables(xs, grads)
+
+    def parameters(value, context):
+        return [mx.nd.array(np.full(3, v, "float32"), ctx=context) for v in value]
+
+    ys = []
+    with autograd.record():
+        for x, context in zip(xs, contexts):
+            y = x
+            for i in range(6):
+                gamma, beta, mean, var = parameters((1, 0, 0, 1), context)
+                handed, local, coefficients = mx.nd._internal._syncbn_moments(y)
+                total = mx.nd._internal._syncbn_sum(local, mean, key=f"deep{i}", num_devices=2)
+                y = mx.nd._internal._syncbn_normalize(
+                    handed, total, coefficients, gamma, beta, mean, var, eps=1e-5
+                )
+            ys.append(y)
+    autograd.backward(ys, [mx.nd.array(h, ctx=c) for h, c in zip(heads, contexts)])
+    outs, back = values, []
+    for _ in range(6):
+        back.append(outs)
+        outs = batch_norm(outs, heads, np.ones(3), np.zeros(3)).y
+    dys = heads
+    for inputs in back[::-1]:
+        dys = batch_norm(inputs, dys, np.ones(3), np.zeros(3)).dx
+    for y, grad, wanted, dx in zip(ys, grads, outs, dys):
+        assert largest_error(y.asnumpy(), wanted) < 1e-4
+        assert largest_error(grad.asnumpy(), dx) < 1e-4
