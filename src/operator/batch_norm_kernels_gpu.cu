@@ -42,6 +42,12 @@ struct StatisticsInUse {
   }
 };
 
+template <typename W, typename Kernel>
+StatisticsInUse<W> InUse(const Kernel& k) {
+  return {static_cast<int64_t>(k.shape.channels), k.statistics,
+          static_cast<const W*>(k.moving_mean), static_cast<const W*>(k.moving_var)};
+}
+
 // Sums of x and x^2, in the end in float64.  Within a run they are taken from a pivot, an element
 // of the run itself: float32 then has nothing to cancel, however far from zero the data lie.
 template <typename T>
@@ -210,9 +216,7 @@ template <typename T>
 void RunTyped(const Gpu& gpu, const NormalizeForward& k) {
   using W = Wide<T>;
   const Extent extent = ToExtent(k.shape);
-  const StatisticsInUse<W> statistics{extent.channels, k.statistics,
-                                      static_cast<const W*>(k.moving_mean),
-                                      static_cast<const W*>(k.moving_var)};
+  const auto statistics = InUse<W>(k);
   TableEntry<W>* table = Scratch<TableEntry<W>>(gpu, Use::kTable, extent.channels);
   PerChannel(gpu, extent.channels, SetNormalize<W>, k, statistics, table);
   if (k.y_request == Request::kNull) return;
@@ -224,9 +228,7 @@ template <typename T>
 void RunTyped(const Gpu& gpu, const NormalizeBackward& k) {
   using W = Wide<T>;
   const Extent extent = ToExtent(k.shape);
-  const StatisticsInUse<W> statistics{extent.channels, k.statistics,
-                                      static_cast<const W*>(k.moving_mean),
-                                      static_cast<const W*>(k.moving_var)};
+  const auto statistics = InUse<W>(k);
   const T* dy = static_cast<const T*>(k.dy);
   T* dx = static_cast<T*>(k.dx);
   const PartialSums partial =

@@ -28,8 +28,9 @@ GLUON_SYNCBN_CUDA(BackwardAlone, const gluon_syncbn::Gpu* gpu,
 
 // Brings `count` numbers to the host, on a stream of the calling thread's own, and returns at once.
 // `done(data, values, count, error)` is called when they are there, from a thread of CUDA's that
-// may not call CUDA; the values are gone when it returns.  `from` must be ready, and stay. When
-// this function itself fails, `done` is not called.
+// may not call CUDA; the values are gone when it returns.  `from` must be ready, and stay.
+// Where something on the device failed, `values` is null and `error` says so.  When this function
+// itself fails, `done` is not called.
 using GluonSyncBNValuesRead = void (*)(void* data, const double* values, std::size_t count,
                                        const char* error);
 GLUON_SYNCBN_CUDA(ReadValues, int device, gluon_syncbn::DataType type, const void* from,

@@ -44,17 +44,6 @@ struct Map {
 };
 
 template <typename T, int V>
-__device__ Pack<T, V> Load(const T* from, int64_t at, int64_t size) {
-  if (at + V <= size) return *reinterpret_cast<const Pack<T, V>*>(from + at);
-  Pack<T, V> pack = {};
-#pragma unroll
-  for (int k = 0; k < V; ++k) {
-    if (at + k < size) pack.element[k] = from[at + k];
-  }
-  return pack;
-}
-
-template <typename T, int V>
 __device__ void Store(const Pack<T, V>& pack, T* to, int64_t at, int64_t size) {
   if (at + V <= size) {
     *reinterpret_cast<Pack<T, V>*>(to + at) = pack;

@@ -78,18 +78,6 @@ template <typename T, int V>
 struct Access {
   Pack<T, V> pack;
   int begin, end;
-
-  // Elements from `at` on of `count`; `at` is a multiple of V.
-  __device__ void Load(const T* from, int64_t at, int64_t count) {
-    if (at + V <= count) {
-      pack = *reinterpret_cast<const Pack<T, V>*>(from + at);
-    } else {
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-        if (at + k < count) pack.element[k] = from[at + k];
-      }
-    }
-  }
 };
 
 // Grid: channels in groups of blockDim.y, slices.  Block: threads of a channel, channels.
@@ -118,8 +106,8 @@ __global__ void __launch_bounds__(kThreads)
         if (e < end) {
           const int64_t start = (n * extent.channels + c) * extent.inner;
           const int64_t at = (start / V + i) * V;
-          as[u].Load(a, at, size);
-          if (Sums::kTwoArrays) bs[u].Load(b, at, size);
+          as[u].pack = Load<T, V>(a, at, size);
+          if (Sums::kTwoArrays) bs[u].pack = Load<T, V>(b, at, size);
           as[u].begin = static_cast<int>(start > at ? start - at : 0);
           const int64_t left = start + extent.inner - at;
           as[u].end = static_cast<int>(left < V ? left : V);  // below 0: nothing of it
@@ -203,8 +191,8 @@ __global__ void __launch_bounds__(kThreads)
         const int64_t left = row < end ? rows.size - at : 0;
         as[u].end = static_cast<int>(left < 0 ? 0 : left < V ? left : V);
         if (as[u].end > 0) {
-          as[u].Load(a, at, rows.size);
-          if (Sums::kTwoArrays) bs[u].Load(b, at, rows.size);
+          as[u].pack = Load<T, V>(a, at, rows.size);
+          if (Sums::kTwoArrays) bs[u].pack = Load<T, V>(b, at, rows.size);
         }
       }
 #pragma unroll

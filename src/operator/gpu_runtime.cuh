@@ -80,6 +80,18 @@ struct alignas(sizeof(T) * V) Pack {
   T element[V];
 };
 
+// The elements from `at` on, a multiple of V, of an array of `size`; those behind its end are 0.
+template <typename T, int V>
+__device__ Pack<T, V> Load(const T* from, int64_t at, int64_t size) {
+  if (at + V <= size) return *reinterpret_cast<const Pack<T, V>*>(from + at);
+  Pack<T, V> pack = {};
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    if (at + k < size) pack.element[k] = from[at + k];
+  }
+  return pack;
+}
+
 // How many elements fit an access of 16 bytes.
 template <typename T>
 constexpr int kPerAccess = 16 / static_cast<int>(sizeof(T));
