@@ -27,9 +27,17 @@ __device__ TableEntry<W> Entry(double mean, double scale, double shift, double f
   return {high, static_cast<W>(scale), static_cast<W>(shift - scale * low), static_cast<W>(factor)};
 }
 
+// (Field by field: a choice between whole entries would go through memory.)
+template <typename W>
+__device__ TableEntry<W> Choose(bool first, const TableEntry<W>& a, const TableEntry<W>& b) {
+  return {first ? a.mean : b.mean, first ? a.scale : b.scale, first ? a.shift : b.shift,
+          first ? a.factor : b.factor};
+}
+
 // How the channels of an access are found.
 enum class Walk {
   kOneChannel,    // all its elements are of one channel: channels first, planes of whole accesses
+  kTwoChannels,   // it may go over from one plane to the next: channels first, other planes
   kSameChannels,  // every access of a thread has the same channels: channels last
   kEveryElement,  // each element by itself: anything else
 };
@@ -76,6 +84,11 @@ __global__ void __launch_bounds__(kThreads)
   for (; at < size; at += step) {
     if (walk == Walk::kOneChannel) {
       entry[0] = table[c];
+    } else if (walk == Walk::kTwoChannels) {
+      const TableEntry<W> here = table[c], next = table[c + 1 == extent.channels ? 0 : c + 1];
+      const int64_t left = extent.inner - i;
+#pragma unroll
+      for (int k = 0; k < V; ++k) entry[k] = Choose(k < left, here, next);
     } else if (walk == Walk::kEveryElement) {
       int64_t element_i = i, element_c = c;
 #pragma unroll
@@ -119,6 +132,10 @@ void ElementwiseOf(const Gpu& gpu, const Map<T>& map, const TableEntry<Wide<T>>*
   int64_t blocks = std::min<int64_t>(all, 8 * Multiprocessors(gpu));
   if (extent.inner > 1 && extent.inner % V == 0) {
     return Launch(gpu, ElementwiseKernel<T, V, Walk::kOneChannel>,
+                  dim3(static_cast<unsigned>(blocks)), dim3(kThreads), map, table);
+  }
+  if (extent.inner > 1 && extent.inner >= V) {
+    return Launch(gpu, ElementwiseKernel<T, V, Walk::kTwoChannels>,
                   dim3(static_cast<unsigned>(blocks)), dim3(kThreads), map, table);
   }
   if (extent.inner == 1) {
