@@ -5,10 +5,11 @@ PYTHON ?= python3
 MXNET ?= mxnet
 VENV ?= .venv$(if $(filter-out mxnet,$(MXNET)),-$(MXNET))
 BIN := $(VENV)/bin
+CU112 := .venv-cu112
 LIBRARY := python/gluon_syncbn/libgluon_syncbn.so
 SOURCES := CMakeLists.txt $(wildcard src/operator/*)
 CXX_FILES := $(wildcard src/operator/*.h src/operator/*.inc src/operator/*.cc src/operator/*.cu* benchmarks/*.cc) \
-  $(wildcard tests/cuda_emulation/*)
+  $(wildcard tests/cuda_emulation/*.h tests/cuda_emulation/*.cc)
 BENCH_ARGS ?=
 EXAMPLE_ARGS ?=
 TEST_ARGS ?=
@@ -16,7 +17,7 @@ TEST_ARGS ?=
 .DEFAULT_GOAL := help
 
 help:  ## list what can be done
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 train: build  ## train the example on two CPU contexts: digits, a minute (EXAMPLE_ARGS="--help")
 	$(BIN)/python examples/mnist.py $(EXAMPLE_ARGS)
@@ -38,14 +39,16 @@ gluoncv: build  ## put GluonCV into .venv-gluoncv and test it with our layers, s
 	.venv-gluoncv/bin/python -m pip install --quiet --no-deps -r tests/requirements-gluoncv.txt
 	PYTHONPATH=python .venv-gluoncv/bin/python -m pytest tests/test_gluoncv.py $(TEST_ARGS)
 
-cu112: build  ## test our CPU side in mxnet-cu112, with or without a GPU; downloads 500 MB
-	$(PYTHON) -m venv .venv-cu112
-	.venv-cu112/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt \
-	  mxnet-cu112==1.9.1 nvidia-cuda-runtime-cu11==11.8.89
-	.venv-cu112/bin/python tests/cuda_standins.py .venv-cu112/standins
+cu112: build $(CU112)/ready  ## test our CPU side in mxnet-cu112, with or without a GPU; downloads 500 MB
 	PYTHONPATH="$(abspath python)" GLUON_SYNCBN_TEST_CU112=1 \
-	  LD_LIBRARY_PATH="$${LD_LIBRARY_PATH:+$$LD_LIBRARY_PATH:}$(abspath .venv-cu112/standins)" \
-	  .venv-cu112/bin/python -m pytest $(TEST_ARGS)
+	  LD_LIBRARY_PATH="$${LD_LIBRARY_PATH:+$$LD_LIBRARY_PATH:}$(abspath $(CU112)/standins)" \
+	  $(CU112)/bin/python -m pytest $(TEST_ARGS)
+
+emulated: build $(CU112)/ready  ## test our GPU side in mxnet-cu112, on emulated GPUs; the same 500 MB
+	$(CU112)/bin/python tests/emulated_cuda.py $(CU112)/emulated
+	PYTHONPATH="$(abspath $(CU112)/emulated/python)" EMULATED_GPUS=4 \
+	  LD_LIBRARY_PATH="$(abspath $(CU112)/emulated/lib):$(abspath $(CU112)/standins)" \
+	  $(CU112)/bin/python -m pytest --confcutdir=tests/gpu tests/gpu $(TEST_ARGS)
 
 torch:  ## put PyTorch (CPU) into .venv-torch, where `make bench` finds it
 	$(PYTHON) -m venv .venv-torch
@@ -64,7 +67,14 @@ format: $(VENV)/ready  ## format Python and C++
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist out python/gluon_syncbn/*.so python/*.egg-info
 
-.PHONY: help train finetune test build bench gluoncv cu112 torch lint format clean
+.PHONY: help train finetune test build bench gluoncv cu112 emulated torch lint format clean
+
+$(CU112)/ready: requirements.txt tests/cuda_standins.py
+	$(PYTHON) -m venv $(CU112)
+	$(CU112)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt \
+	  mxnet-cu112==1.9.1 nvidia-cuda-runtime-cu11==11.8.89
+	$(CU112)/bin/python tests/cuda_standins.py $(CU112)/standins
+	touch $@
 
 $(LIBRARY): $(VENV)/ready $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build -G Ninja \

@@ -106,6 +106,7 @@ class Kernels:
         """The numbers of a float32 or float64 array, by the way to the exchange."""
         import threading
 
+        self.device.synchronize()
         got, there = [], threading.Event()
 
         def done(_, values, n, error):

@@ -6,15 +6,14 @@ checked against NumPy in float64.  On a GPU, tests/gpu does the same, and more.
 
 import ctypes
 import mmap
-import pathlib
-import subprocess
+import os
 
 import numpy as np
 import pytest
 
+import emulated_cuda
 import gpu_kernels as checks
 
-HERE = pathlib.Path(__file__).parent
 DTYPES = ["float16", "float32", "float64"]
 # Planes of whole accesses and others, rows of whole accesses and others, few channels and many.
 LAYOUTS = [
@@ -60,27 +59,73 @@ class GuardedArray:
         return self.view.copy()
 
 
+class DeviceArray:
+    """An array in a device's memory: its own kernels and copies can reach it, nobody else."""
+
+    def __init__(self, library, values):
+        values = np.ascontiguousarray(values)
+        self.library, self.shape, self.dtype = library, values.shape, str(values.dtype)
+        pointer = ctypes.c_void_p()
+        assert library.cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(values.nbytes)) == 0
+        self.pointer = pointer.value
+        self.copy(self.pointer, values.ctypes.data, values.nbytes)
+
+    def copy(self, to, source, size):
+        arguments = ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(size), 4
+        assert self.library.cudaMemcpy(*arguments) == 0
+
+    def numpy(self):
+        values = np.empty(self.shape, self.dtype)
+        self.copy(values.ctypes.data, self.pointer, values.nbytes)
+        return values
+
+
 class EmulatedDevice:
-    index, stream = 0, 1
+    index = 0
+
+    def __init__(self, library):
+        self.library = library
+        stream = ctypes.c_void_p()
+        assert library.cudaStreamCreate(ctypes.byref(stream)) == 0
+        self.stream = stream.value
+        self.in_use = []
 
     def array(self, values):
-        return GuardedArray(values)
+        return self.keep(GuardedArray(values))
+
+    def keep(self, array):
+        """An array that stays while a kernel may use it, and is read when all of them have run."""
+        self.in_use.append(array)
+        numpy = array.numpy
+
+        def synchronized_numpy():
+            self.synchronize()
+            return numpy()
+
+        array.numpy = synchronized_numpy
+        return array
+
+    def synchronize(self):
+        assert self.library.cudaDeviceSynchronize() == 0
+        self.in_use.clear()
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cuda") / "emulated.so"
-    flags = "-std=c++17 -O2 -Wall -Wextra -Werror -Wno-unknown-pragmas -shared -fPIC".split()
-    source = HERE / "cuda_emulation" / "emulated.cc"
-    subprocess.run(["c++", *flags, f"-I{source.parent}", source, "-o", path], check=True)
-    return ctypes.CDLL(str(path))
+    os.environ.setdefault("EMULATED_GPUS", "2")
+    return ctypes.CDLL(str(emulated_cuda.build_alone(tmp_path_factory.mktemp("cuda"))))
+
+
+@pytest.fixture(scope="session")
+def device(library):
+    return EmulatedDevice(library)
 
 
 # A device of few multiprocessors and one of many; threads in one order and in the other.
 @pytest.fixture(params=[(1, 0), (3, 1), (132, 0)], ids=["small", "backwards", "large"])
-def kernels(request, library):
+def kernels(request, library, device):
     library.Emulate(*request.param)
-    return checks.Kernels(library, EmulatedDevice())
+    return checks.Kernels(library, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -106,18 +151,50 @@ def test_two_devices(kernels, dtype, shape, axis):
     checks.check_two_devices(kernels, dtype, shape, axis)
 
 
+def test_on_a_device_that_is_not_the_current_one(library):
+    class Second(EmulatedDevice):
+        index = 1
+
+        def array(self, values):
+            with self:
+                return self.keep(DeviceArray(self.library, values))
+
+        def synchronize(self):
+            with self:
+                super().synchronize()
+
+        def __enter__(self):
+            assert self.library.cudaSetDevice(1) == 0
+
+        def __exit__(self, *_):
+            assert self.library.cudaSetDevice(0) == 0
+
+    assert library.cudaSetDevice(1) == 0
+    second = Second(library)
+
+    class FromTheFirst(checks.Kernels):
+        def call(self, *arguments, **options):
+            assert library.cudaSetDevice(0) == 0
+            super().call(*arguments, **options)
+
+    kernels = FromTheFirst(library, second)
+    checks.check_two_devices(kernels, "float32", (4, 3, 7, 7), 1)
+    checks.check_step(kernels, "float16", (4, 7, 7, 8), -1, alone=True)
+    assert library.cudaSetDevice(0) == 0
+
+
 @pytest.mark.parametrize("shape, axis", [((8, 2, 64, 64), 1), ((8, 64, 64, 2), -1)])
 def test_far_from_zero(kernels, shape, axis):
     """10,000 standard deviations away float32 holds the data themselves to 1e-3."""
     checks.check_step(kernels, "float32", shape, axis, offset=1e4)
 
 
-def test_the_same_bits_on_every_run_and_in_any_order(library):
+def test_the_same_bits_on_every_run_and_in_any_order(library, device):
     x = np.random.RandomState(0).randn(5, 3, 31, 17).astype("float32")
     results = []
     for order in (0, 1, 0):
         library.Emulate(3, order)
-        kernels = checks.Kernels(library, EmulatedDevice())
+        kernels = checks.Kernels(library, device)
         layer = checks.Layer(kernels, "float32", x.shape, 1)
         layer.forward(kernels.device.array(x), kernels.device.array(x))
         results.append(layer.statistics.numpy()[:7].tobytes())
@@ -133,9 +210,9 @@ def test_arrays_that_do_not_begin_on_16_bytes(kernels):
             whole = GuardedArray(np.concatenate([np.zeros(1, values.dtype), values.ravel()]))
             whole.pointer += values.itemsize
             whole.numpy = lambda: whole.view[1:].reshape(values.shape).copy()
-            return whole
+            return self.keep(whole)
 
-    kernels.device = Shifted()
+    kernels.device = Shifted(kernels.library)
     for dtype in DTYPES[:2]:  # float64 parameters lie on 8 bytes, too
         for shape, axis in [((4, 8, 8, 8), 1), ((40, 64), 1), ((3, 5, 7), 1)]:
             checks.check_step(kernels, dtype, shape, axis)

@@ -3,6 +3,7 @@
 // The threads of a block are coroutines that change places at __syncthreads; blocks run one after
 // the other.  That finds wrong indices, missing barriers (run it in both orders) and barriers that
 // not all threads reach.  It says nothing of speed, of a GPU's memory order or of its compiler.
+// Devices, their memory and their streams are runtime.cc's.
 #pragma once
 
 #include <ucontext.h>
@@ -15,6 +16,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -31,11 +33,48 @@ struct dim3 {
 };
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
-namespace emulation {
+// CUDA's own numbers: MXNet knows some of them.
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorInvalidResourceHandle = 400,
+  cudaErrorNotSupported = 801,
+};
+enum cudaMemcpyKind { cudaMemcpyDeviceToDevice = 3 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+constexpr unsigned cudaHostAllocPortable = 1;
+using cudaStream_t = struct CUstream_st*;
+using cudaStreamCallback_t = void (*)(cudaStream_t, cudaError_t, void*);
+inline const cudaStream_t cudaStreamPerThread = reinterpret_cast<cudaStream_t>(2);
 
-inline int multiprocessors = 3;
-inline bool backwards = false;  // the order in which the threads of a block run
-inline long allocations = 0;
+#pragma GCC visibility push(default)
+extern "C" {
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device);
+cudaError_t cudaMalloc(void** pointer, std::size_t bytes);
+cudaError_t cudaFree(void* pointer);
+cudaError_t cudaHostAlloc(void** pointer, std::size_t bytes, unsigned flags);
+cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream);
+cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t stream);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t function, void* data,
+                                  unsigned flags);
+}
+
+namespace emulation {
+// Queues a kernel; no other kernel or copy runs beside it.
+cudaError_t Queue(cudaStream_t stream, std::function<void()> kernel);
+extern bool backwards;  // the order in which the threads of a block run
+}  // namespace emulation
+#pragma GCC visibility pop
+
+namespace emulation {
 
 // A block: its threads run until all have come to the same barrier, or have ended.
 class Block {
@@ -83,89 +122,43 @@ class Block {
   Thread* current_ = nullptr;
   const std::function<void()>* body_ = nullptr;
 };
-inline Block block;
+// Never destroyed: streams may be running when the process ends.
+inline Block& TheBlock() {
+  static Block& block = *new Block;
+  return block;
+}
 inline void Block::Enter() {
+  Block& block = TheBlock();
   (*block.body_)();
   block.current_->ended = true;
 }
 
 template <typename... Parameters, std::size_t... I>
-void Call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<I...>) {
-  kernel(*static_cast<Parameters*>(arguments[I])...);
+std::tuple<Parameters...> CopyOf(void** arguments, std::index_sequence<I...>) {
+  return {*static_cast<Parameters*>(arguments[I])...};
 }
 
 }  // namespace emulation
 
-inline void __syncthreads() { emulation::block.Synchronize(); }
-
-enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorInvalidDevice };
-enum cudaMemcpyKind { cudaMemcpyDeviceToDevice };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
-constexpr unsigned cudaHostAllocPortable = 1;
-using cudaStream_t = struct CUstream_st*;
-inline const cudaStream_t cudaStreamPerThread = reinterpret_cast<cudaStream_t>(2);
-
-namespace emulation {
-inline cudaError_t stream_status = cudaSuccess;  // what callbacks are told
-}
-
-inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "invalid configuration";
-}
-inline cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
-}
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = emulation::multiprocessors;
-  return cudaSuccess;
-}
+inline void __syncthreads() { emulation::TheBlock().Synchronize(); }
 
 template <typename... Parameters>
 cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 threads,
-                             void** arguments, std::size_t, cudaStream_t) {
+                             void** arguments, std::size_t, cudaStream_t stream) {
   if (grid.x == 0 || grid.x > 0x7fffffff || grid.y == 0 || grid.y > 65535 ||
       threads.x * threads.y == 0 || threads.x * threads.y > 1024) {
     return cudaErrorInvalidConfiguration;
   }
-  gridDim = grid;
-  blockDim = threads;
-  for (unsigned y = 0; y < grid.y; ++y) {
-    for (unsigned x = 0; x < grid.x; ++x) {
-      blockIdx = dim3(x, y);
-      emulation::block.Run(threads, [=] {
-        emulation::Call(kernel, arguments, std::index_sequence_for<Parameters...>());
-      });
+  const auto copies =
+      emulation::CopyOf<Parameters...>(arguments, std::index_sequence_for<Parameters...>());
+  return emulation::Queue(stream, [=] {
+    gridDim = grid;
+    blockDim = threads;
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        blockIdx = dim3(x, y);
+        emulation::TheBlock().Run(threads, [&] { std::apply(kernel, copies); });
+      }
     }
-  }
-  return cudaSuccess;
-}
-
-inline cudaError_t cudaMalloc(void** pointer, std::size_t bytes) {
-  ++emulation::allocations;
-  *pointer = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-  std::memset(*pointer, 0xff, bytes);  // NaN
-  return cudaSuccess;
-}
-inline cudaError_t cudaFree(void* pointer) {
-  std::free(pointer);
-  return cudaSuccess;
-}
-inline cudaError_t cudaHostAlloc(void** pointer, std::size_t bytes, unsigned) {
-  return cudaMalloc(pointer, bytes);
-}
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,
-                                   cudaStream_t) {
-  std::memmove(to, from, bytes);
-  return cudaSuccess;
-}
-inline cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t) {
-  std::memset(to, value, bytes);
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamAddCallback(cudaStream_t stream,
-                                         void (*function)(cudaStream_t, cudaError_t, void*),
-                                         void* data, unsigned) {
-  function(stream, emulation::stream_status, data);
-  return cudaSuccess;
+  });
 }

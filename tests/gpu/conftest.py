@@ -5,11 +5,12 @@ test_cuda_kernels.py needs PyTorch with CUDA, and no MXNet:
     run="python -m pytest --confcutdir=tests/gpu tests/gpu/test_cuda_kernels.py"
     $run; compute-sanitizer --tool memcheck $run; compute-sanitizer --tool racecheck $run
 
-test_cuda_operators.py needs mxnet-cu112, and works where PyTorch is missing.
+The others need mxnet-cu112, and work where PyTorch is missing; `make emulated` runs them on GPUs
+that are emulated.
 """
 
 import pathlib
 import sys
 
 TESTS = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent / "python")]
+sys.path += [str(TESTS), str(TESTS.parent / "python")]  # a package that is on the path comes first

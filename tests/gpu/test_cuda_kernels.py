@@ -55,8 +55,11 @@ class TorchDevice:
 
     def array(self, values):
         array = TorchArray(values)
-        torch.cuda.synchronize()
+        self.synchronize()
         return array
+
+    def synchronize(self):
+        torch.cuda.synchronize()
 
 
 @pytest.fixture(scope="module")

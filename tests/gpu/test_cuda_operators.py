@@ -1,12 +1,6 @@
-"""The operators on GPU contexts, inside MXNet.
-
-Only our operators and copies run on the GPU here, so that a GPU that mxnet-cu112 has no kernels for
-should do, too: gradients and heads are explicit, and nothing is computed with
-MXNet's own operators.
-"""
+"""The operators on GPU contexts, inside MXNet."""
 
 import ctypes
-import pathlib
 
 import mxnet as mx
 import numpy as np
@@ -15,33 +9,15 @@ from mxnet import autograd
 
 from gluon_syncbn import library
 from gluon_syncbn.library import LIBRARY
+from mxnet_gpus import TOLERANCE, differentiable, load, need_gpu, need_gpus
 from reference import batch_norm, largest_error
 
-TOLERANCE = {"float16": 2e-3, "float32": 3e-6, "float64": 1e-11}
-
-
-def missing():
-    if not mx.runtime.Features().is_enabled("CUDA"):
-        return "this MXNet has no CUDA; install mxnet-cu112"
-    if not pathlib.Path("/dev/nvidia0").exists():
-        return "there is no GPU here"
-    if LIBRARY.GluonSyncBNNeedCuda() != 0:
-        return LIBRARY.GluonSyncBNLastError().decode()
-    return ""
-
-
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "none")
+pytestmark = need_gpu
 GPU = mx.gpu(0)
 
 
-def on_gpu(values, dtype=None):
-    return mx.nd.array(values, ctx=GPU, dtype=dtype or values.dtype)
-
-
-def differentiable(*arrays, grad_req="write"):
-    grads = [on_gpu(np.full(a.shape, 2, a.dtype)) for a in arrays]
-    autograd.mark_variables(list(arrays), grads, grad_req)
-    return grads
+def on_gpu(values):
+    return load(values, GPU)
 
 
 class Layer:
@@ -143,9 +119,7 @@ def test_a_device_that_does_not_come():
         y.asnumpy()
 
 
-@pytest.mark.skipif(
-    not missing() and mx.context.num_gpus() < 2, reason="needs two GPUs, and there is one"
-)
+@need_gpus(2)
 def test_plain_backward_on_two_gpus():
     """From one thread, one device's layers after the other's; on CPU contexts that can deadlock."""
     contexts = [mx.gpu(0), mx.gpu(1)]

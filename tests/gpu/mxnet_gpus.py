@@ -1,0 +1,49 @@
+"""MXNet's GPUs, as the tests here use them.
+
+Only our operators and copies run on them, so that a GPU that mxnet-cu112 has no kernels for does,
+too, and an emulated one (tests/emulated_cuda.py): gradients and heads are explicit, and nothing is
+computed with MXNet's own operators.
+"""
+
+import os
+import pathlib
+
+import mxnet as mx
+import numpy as np
+import pytest
+from mxnet import autograd
+
+from gluon_syncbn.library import LIBRARY
+
+EMULATED = "EMULATED_GPUS" in os.environ
+TOLERANCE = {"float16": 2e-3, "float32": 3e-6, "float64": 1e-11}
+
+
+def missing():
+    if not mx.runtime.Features().is_enabled("CUDA"):
+        return "this MXNet has no CUDA; install mxnet-cu112"
+    if not EMULATED and not pathlib.Path("/dev/nvidia0").exists():
+        return "there is no GPU here (`make emulated` tests without)"
+    if LIBRARY.GluonSyncBNNeedCuda() != 0:
+        return LIBRARY.GluonSyncBNLastError().decode()
+    return ""
+
+
+need_gpu = pytest.mark.skipif(bool(missing()), reason=missing() or "none")
+
+
+def need_gpus(count):
+    there = 0 if missing() else mx.context.num_gpus()
+    return pytest.mark.skipif(
+        there < count, reason=missing() or f"needs {count} GPUs, and there is {there}"
+    )
+
+
+def load(values, context, dtype=None):
+    return mx.nd.array(values, ctx=context, dtype=dtype or values.dtype)
+
+
+def differentiable(*arrays, grad_req="write", before=2):
+    grads = [load(np.full(a.shape, before, a.dtype), a.context) for a in arrays]
+    autograd.mark_variables(list(arrays), grads, grad_req)
+    return grads
