@@ -228,6 +228,16 @@ def test_nothing_is_allocated_in_the_steady_state(library, kernels):
     assert library.EmulatedAllocations() == before
 
 
+def test_scratch_memory_grows_and_stays_valid(library, device):
+    """A captured CUDA graph may hold a pointer to what a smaller layer used."""
+    kernels = checks.Kernels(library, device)
+    frees, allocations = library.EmulatedFrees(), library.EmulatedAllocations()
+    for channels in (1000, 3000):
+        checks.check_step(kernels, "float32", (2, channels, 2, 2), 1)
+    assert library.EmulatedAllocations() > allocations
+    assert library.EmulatedFrees() == frees
+
+
 def test_values_to_the_exchange_and_back(kernels):
     checks.check_values(kernels)
 

@@ -1,7 +1,10 @@
 // See gpu_runtime.cuh.
+#include <algorithm>
 #include <array>
 #include <map>
+#include <memory>
 #include <utility>
+#include <vector>
 
 #include "gpu_runtime.cuh"
 
@@ -10,25 +13,25 @@ namespace {
 
 class DeviceMemory {
  public:
-  DeviceMemory() = default;
-  DeviceMemory(const DeviceMemory&) = delete;
-  DeviceMemory& operator=(const DeviceMemory&) = delete;
-  ~DeviceMemory() { cudaFree(pointer_); }  // fails, and need not succeed, when the process ends
-
-  // What was there is lost.  The device waits for what still uses it, so growing is slow and rare.
+  // What was there is lost, but stays allocated: a captured CUDA graph (MXNet can make them) goes
+  // on using it.  Doubling keeps that to as much again.
   void* AtLeast(std::size_t bytes) {
     if (bytes > size_) {
-      Check(cudaFree(std::exchange(pointer_, nullptr)));
-      size_ = 0;
-      Check(cudaMalloc(&pointer_, bytes));
-      size_ = bytes;
+      const std::size_t size = std::max(bytes, 2 * size_);
+      void* piece = nullptr;
+      Check(cudaMalloc(&piece, size));
+      pieces_.emplace_back(piece);
+      size_ = size;
     }
-    return pointer_;
+    return pieces_.empty() ? nullptr : pieces_.back().get();
   }
 
  private:
-  void* pointer_ = nullptr;
-  std::size_t size_ = 0;
+  struct Free {  // fails, and need not succeed, when the process ends
+    void operator()(void* pointer) const { cudaFree(pointer); }
+  };
+  std::vector<std::unique_ptr<void, Free>> pieces_;
+  std::size_t size_ = 0;  // of the last
 };
 
 }  // namespace

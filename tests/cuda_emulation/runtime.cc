@@ -37,7 +37,7 @@ namespace {
 
 constexpr int kMostDevices = 16;
 int multiprocessors = 3;
-long allocations = 0;
+long allocations = 0, frees = 0;
 cudaError_t stream_status = cudaSuccess;  // what callbacks are told
 
 int FromEnvironment(const char* name, int otherwise) {
@@ -336,6 +336,7 @@ EXPORT cudaError_t cudaMalloc(void** pointer, std::size_t bytes) {
 EXPORT cudaError_t cudaFree(void* pointer) {
   Enter(__func__);
   if (pointer == nullptr) return cudaSuccess;
+  ++frees;
   for (int d : Holding({pointer})) {
     WaitForAll(d);
     Machine& machine = TheMachine();
@@ -562,6 +563,7 @@ EXPORT void Emulate(int multiprocessors, int backwards) {
   emulation::backwards = backwards != 0;
 }
 EXPORT long EmulatedAllocations() { return allocations; }
+EXPORT long EmulatedFrees() { return frees; }
 EXPORT void EmulateFailure(int failed) {
   stream_status = failed != 0 ? cudaErrorInvalidConfiguration : cudaSuccess;
 }
