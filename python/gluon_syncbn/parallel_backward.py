@@ -11,8 +11,8 @@ def parallel_backward(losses, head_grads=None, retain_graph=False, train_mode=Tr
 
     On CPU contexts this is how gradients are taken; plain ``autograd.backward`` pushes one
     device's operators after the other's from one thread, which can deadlock there (see
-    docs/architecture.md).  On GPU contexts, each of which has space of its own, both should do;
-    that has not been tried yet.
+    docs/architecture.md).  On GPU contexts, each of which has space of its own, both do (shown on
+    emulated GPUs; no real ones were at hand yet).
 
     Parameters
     ----------

@@ -71,6 +71,7 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
         std::this_thread::yield();
       }
     }
+    left_at_ = std::chrono::steady_clock::now();
     if (state_.exchange(kLeft) == kReady) Queue();
   }
 
@@ -103,6 +104,12 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
   // `run`: null where nobody will see the result.
   void Complete(const mxnet::RunContext* run) {
     if (state_.exchange(kComplete) == kComplete) return;
+    // On another worker of the device (a GPU has two) the call may be just about to return.
+    const auto returned = left_at_ + std::chrono::microseconds(50);
+    while (run != nullptr && std::this_thread::get_id() != caller_ &&
+           std::chrono::steady_clock::now() < returned) {
+      std::this_thread::yield();
+    }
     try {
       if (run != nullptr && error_.empty()) WriteValues(*run, result_, req_, to_);
     } catch (const std::exception& e) {
@@ -120,6 +127,8 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
   const mxnet::engine::CallbackOnComplete on_complete_;
   const mxnet::OpReqType req_;
   const mxnet::TBlob to_;
+  const std::thread::id caller_ = std::this_thread::get_id();
+  std::chrono::steady_clock::time_point left_at_;
   std::vector<double> result_;
   std::string error_;
   std::atomic<State> state_{kInside};

@@ -2,7 +2,8 @@
 
 Only our operators and copies run on them, so that a GPU that mxnet-cu112 has no kernels for does,
 too, and an emulated one (tests/emulated_cuda.py): gradients and heads are explicit, and nothing is
-computed with MXNet's own operators.
+computed with MXNet's own operators.  (An operator that fails is no harmless one: MXNet can crash
+when the process ends.)
 """
 
 import os
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from mxnet import autograd
 
+from gluon_syncbn import random_state
 from gluon_syncbn.library import LIBRARY
 
 EMULATED = "EMULATED_GPUS" in os.environ
@@ -47,3 +49,17 @@ def differentiable(*arrays, grad_req="write", before=2):
     grads = [load(np.full(a.shape, before, a.dtype), a.context) for a in arrays]
     autograd.mark_variables(list(arrays), grads, grad_req)
     return grads
+
+
+def replace_what_gluon_computes(setattr):  # or monkeypatch.setattr
+    """Take from the host what Gluon computes on a device: new gradients' zeros, random states."""
+
+    def zeros(shape, ctx=None, dtype=None, **_):
+        return mx.nd.array(np.zeros(shape), ctx=ctx, dtype=dtype)
+
+    def zeros_like(array, out):
+        return zeros(array.shape, array.context, array.dtype).copyto(out)
+
+    setattr(mx.ndarray, "zeros", zeros)
+    setattr(mx.ndarray, "zeros_like", zeros_like)
+    setattr(random_state, "_seed_context", lambda *_: 0)

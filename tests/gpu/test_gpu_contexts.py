@@ -1,10 +1,7 @@
-"""SyncBatchNorm and ModelDataParallel on several GPUs, in every mode, against NumPy in float64.
-
-What Gluon itself computes on a device, zeros for new gradients and random states, comes from the
-host here; mxnet_gpus.py says why.
-"""
+"""SyncBatchNorm and ModelDataParallel on several GPUs, in every mode, against NumPy in float64."""
 
 import ctypes
+import pathlib
 import subprocess
 import sys
 
@@ -15,10 +12,11 @@ from mxnet import autograd
 from mxnet.gluon import nn
 
 import gluon_syncbn
-from gluon_syncbn import ModelDataParallel, SyncBatchNorm, parallel_backward, random_state
-from mxnet_gpus import EMULATED, TOLERANCE, load, need_gpus
+from gluon_syncbn import ModelDataParallel, SyncBatchNorm, parallel_backward
+from mxnet_gpus import EMULATED, TOLERANCE, load, need_gpus, replace_what_gluon_computes
 from reference import batch_norm, largest_error
 
+HERE = pathlib.Path(__file__).parent
 pytestmark = need_gpus(2)
 GPUS = [mx.gpu(0), mx.gpu(1)]
 MODES = {
@@ -30,16 +28,8 @@ MODES = {
 
 
 @pytest.fixture(autouse=True)
-def from_the_host(monkeypatch):
-    def zeros(shape, ctx=None, dtype=None, **_):
-        return mx.nd.array(np.zeros(shape), ctx=ctx, dtype=dtype)
-
-    def zeros_like(array, out):
-        return zeros(array.shape, array.context, array.dtype).copyto(out)
-
-    monkeypatch.setattr(mx.ndarray, "zeros", zeros)
-    monkeypatch.setattr(mx.ndarray, "zeros_like", zeros_like)
-    monkeypatch.setattr(random_state, "_seed_context", lambda *_: 0)
+def without_kernels(monkeypatch):
+    replace_what_gluon_computes(monkeypatch.setattr)
 
 
 @pytest.fixture(autouse=True)
@@ -282,13 +272,17 @@ def test_an_exported_network(tmp_path):
     np.save(tmp_path / "x.npy", values[0])
     script = """
 import sys, mxnet as mx, numpy as np, gluon_syncbn
-folder = sys.argv[1]
+folder, here = sys.argv[1:]
+sys.path.append(here)
+__import__("mxnet_gpus").replace_what_gluon_computes(setattr)
 files = f"{folder}/net-symbol.json", ["data"], f"{folder}/net-0000.params"
 net = mx.gluon.SymbolBlock.imports(*files, ctx=mx.gpu(1))
 x = mx.nd.array(np.load(f"{folder}/x.npy"), ctx=mx.gpu(1))
 np.save(f"{folder}/y.npy", net(x).asnumpy())
 """
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), str(HERE)], check=True, timeout=120
+    )
     assert largest_error(np.load(tmp_path / "y.npy"), wanted) < 1e-6
 
 
