@@ -16,7 +16,8 @@ import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 LIBRARY = os.path.join(HERE, "..", "python", "gluon_syncbn", "libgluon_syncbn_cuda.so")
-sys.path.insert(0, os.path.join(HERE, "..", "tests"))
+TESTS = os.path.join(HERE, "..", "tests")
+sys.path[:0] = [TESTS, os.path.join(TESTS, "gpu")]
 
 # 64 MB and more in float32; beyond the caches of any GPU.
 SHAPES = [(32, 64, 112, 112), (64, 256, 56, 56), (128, 512, 28, 28), (64, 2048, 14, 14)]
@@ -45,98 +46,35 @@ class Case:
     def __init__(self, kernels, shape, dtype, channels_last):
         import torch
 
-        import gpu_kernels as checks
+        import gpu_kernels
+        from torch_gpu import TorchArray
 
-        self.torch, self.checks, self.kernels = torch, checks, kernels
-        self.channels = shape[1]
-        kind = getattr(torch, dtype)
+        self.torch = torch
         layout = torch.channels_last if channels_last else torch.contiguous_format
         generator = torch.Generator("cuda").manual_seed(0)
 
         def array():
             values = torch.randn(shape, device="cuda", generator=generator)
-            return values.to(kind).to(memory_format=layout)
+            return values.to(getattr(torch, dtype)).to(memory_format=layout)
 
         self.x, self.dy = array(), array()
         self.y, self.dx = torch.empty_like(self.x), torch.empty_like(self.x)
-        wide = torch.float64 if dtype == "float64" else torch.float32
-        per_channel = dict(device="cuda", dtype=wide)
-        self.gamma = torch.rand(self.channels, generator=generator, **per_channel) + 0.5
-        self.beta = torch.randn(self.channels, generator=generator, **per_channel)
-        self.mean, self.var = torch.zeros_like(self.gamma), torch.ones_like(self.gamma)
-        self.dgamma, self.dbeta = torch.empty_like(self.gamma), torch.empty_like(self.gamma)
-        doubles = dict(device="cuda", dtype=torch.float64)
-        self.local = torch.empty(2 * self.channels + 1, **doubles)
-        self.sums = torch.empty(2 * self.channels + 1, **doubles)
-        self.coefficients = torch.empty(2 * self.channels, **doubles)
-        self.count = torch.tensor(
-            [self.x.numel() // self.channels], dtype=torch.int32, device="cuda"
-        )
         n, c, h, w = shape
-        of_layout = (n, h, w, c) if channels_last else shape
-        self.shape = checks.feature_shape(of_layout, -1 if channels_last else 1)
-        self.type = checks.TYPES[dtype]
+        of_layout, axis = ((n, h, w, c), -1) if channels_last else (shape, 1)
+        self.layer = gpu_kernels.Layer(kernels, dtype, of_layout, axis)
+        self.arrays = [TorchArray(t) for t in (self.x, self.y, self.dy, self.dx)]
+        self.gamma, self.beta = self.layer.gamma.tensor, self.layer.beta.tensor
+        self.count = torch.tensor([self.x.numel() // c], dtype=torch.int32, device="cuda")
 
     def bytes(self):
         return self.x.numel() * self.x.element_size()
 
     def ours(self):
         """The four kernels of a synchronized layer; the exchange, which sums, is left out."""
-        c, at = self.checks, (lambda t: t.data_ptr())
-        run = self.kernels.run
-        run(c.MomentsForward(self.type, self.shape, at(self.x), at(self.x), True, at(self.local)))
-        run(
-            c.NormalizeForward(
-                self.type,
-                self.shape,
-                1e-5,
-                0.9,
-                False,
-                at(self.x),
-                at(self.local),
-                at(self.gamma),
-                at(self.beta),
-                at(self.mean),
-                at(self.var),
-                c.WRITE,
-                at(self.y),
-            )  # fmt: skip
-        )
-        run(
-            c.NormalizeBackward(
-                self.type,
-                self.shape,
-                1e-5,
-                False,
-                at(self.dy),
-                at(self.x),
-                at(self.local),
-                at(self.gamma),
-                at(self.mean),
-                at(self.var),
-                c.WRITE,
-                at(self.dy),
-                at(self.sums),
-                at(self.coefficients),
-                c.WRITE,
-                at(self.dgamma),
-                c.WRITE,
-                at(self.dbeta),
-            )  # fmt: skip
-        )
-        run(
-            c.MomentsBackward(
-                self.type,
-                self.shape,
-                at(self.dy),
-                at(self.x),
-                at(self.sums),
-                at(self.coefficients),
-                c.WRITE,
-                at(self.dx),
-            )  # fmt: skip
-        )
-        return self.y, self.dx, self.dgamma, self.dbeta
+        x, y, dy, dx = self.arrays
+        self.layer.forward(x, y)
+        self.layer.backward(dy, x, dx)
+        return self.y, self.dx, self.layer.gamma_grad.tensor, self.layer.beta_grad.tensor
 
     def pytorch(self):
         """The four kernels of torch.nn.SyncBatchNorm."""
@@ -204,16 +142,10 @@ def run(report, quick):
     """Fill a report with tables; give what the figures are of."""
     import torch
 
-    import gpu_kernels as checks
+    import gpu_kernels
+    from torch_gpu import TorchDevice
 
-    class Device:
-        index = 0
-
-        @property
-        def stream(self):
-            return torch.cuda.current_stream().cuda_stream
-
-    kernels = checks.Kernels(ctypes.CDLL(LIBRARY), Device())
+    kernels = gpu_kernels.Kernels(ctypes.CDLL(LIBRARY), TorchDevice())
     repeats = 10 if quick else 50
     for title, shapes in (("Arrays beyond the caches", SHAPES), ("Smaller arrays", SMALL)):
         report.table(

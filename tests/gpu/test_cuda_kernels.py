@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs PyTorch with CUDA; it is not installed here")
 
 import gpu_kernels as checks  # noqa: E402
+from torch_gpu import TorchDevice  # noqa: E402
 
 LIBRARY = pathlib.Path(__file__).parents[2] / "python" / "gluon_syncbn" / "libgluon_syncbn_cuda.so"
 pytestmark = [
@@ -34,32 +35,6 @@ LAYOUTS = [
     ((3, 5, 1, 1), 1),
     ((2, 3, 4, 5, 6), 2),
 ]
-
-
-class TorchArray:
-    def __init__(self, values):
-        self.tensor = torch.from_numpy(np.ascontiguousarray(values)).to("cuda")
-        self.dtype, self.pointer = str(values.dtype), self.tensor.data_ptr()
-
-    def numpy(self):
-        torch.cuda.synchronize()
-        return self.tensor.cpu().numpy()
-
-
-class TorchDevice:
-    index = 0
-
-    def __init__(self):
-        self.torch_stream = torch.cuda.current_stream()
-        self.stream = self.torch_stream.cuda_stream
-
-    def array(self, values):
-        array = TorchArray(values)
-        self.synchronize()
-        return array
-
-    def synchronize(self):
-        torch.cuda.synchronize()
 
 
 @pytest.fixture(scope="module")
