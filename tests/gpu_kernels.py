@@ -230,9 +230,15 @@ class Layer:
 
 
 def check_step(kernels, dtype, shape, axis, alone=False, in_place=False, offset=0.0, **options):
-    """One training step of one device against NumPy in float64."""
+    """One training step of one device against NumPy in float64.
+
+    ``offset``: how far from zero the channels are, one above and the next below.
+    """
     rng = np.random.RandomState(0)
-    x = (rng.randn(*shape) + offset).astype(dtype)
+    signs = np.where(np.arange(shape[axis]) % 2, -1, 1)
+    per_channel = [1] * len(shape)
+    per_channel[axis] = -1
+    x = (rng.randn(*shape) + offset * signs.reshape(per_channel)).astype(dtype)
     dy = rng.randn(*shape).astype(dtype)
     layer = Layer(kernels, dtype, shape, axis, alone=alone, **options)
     wanted = batch_norm([x], [dy], layer.gamma_value.astype("float64"), layer.beta_value, axis=axis)

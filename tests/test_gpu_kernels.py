@@ -20,6 +20,8 @@ LAYOUTS = [
     ((4, 8, 8, 8), 1),
     ((3, 5, 7, 7), 1),
     ((2, 3, 40, 40), 1),
+    ((3, 5, 14, 14), 1),
+    ((5, 4, 3, 2), 1),
     ((2, 70, 1, 3), 1),
     ((1, 1, 5), 1),
     ((200, 64), 1),
@@ -35,7 +37,12 @@ LAYOUTS = [
 
 
 class GuardedArray:
-    """An array that ends where memory ends: to read a whole access behind it is a crash."""
+    """An array that ends where memory ends, but for what rounding to 16 bytes leaves.
+
+    To read a whole access behind it is a crash, and who writes there is found out.
+    """
+
+    CANARY = 0xA5
 
     def __init__(self, values):
         values = np.ascontiguousarray(values)
@@ -54,8 +61,13 @@ class GuardedArray:
             values.shape
         )
         self.view[...] = values
+        self.behind = np.frombuffer(
+            self.memory, "uint8", size - values.nbytes, offset + values.nbytes
+        )
+        self.behind[...] = self.CANARY
 
     def numpy(self):
+        assert (self.behind == self.CANARY).all(), "something was written behind the array"
         return self.view.copy()
 
 
@@ -183,7 +195,10 @@ def test_on_a_device_that_is_not_the_current_one(library):
     assert library.cudaSetDevice(0) == 0
 
 
-@pytest.mark.parametrize("shape, axis", [((8, 2, 64, 64), 1), ((8, 64, 64, 2), -1)])
+@pytest.mark.parametrize(
+    "shape, axis",
+    [((8, 2, 64, 64), 1), ((8, 64, 64, 2), -1), ((8, 3, 31, 33), 1), ((8, 33, 31, 5), -1)],
+)
 def test_far_from_zero(kernels, shape, axis):
     """10,000 standard deviations away float32 holds the data themselves to 1e-3."""
     checks.check_step(kernels, "float32", shape, axis, offset=1e4)

@@ -59,20 +59,18 @@ struct MomentsSums {
   __device__ Channel For(int64_t) const { return {}; }
 
   struct Run {
-    W pivot, sum, squares, count;
-    __device__ void Clear() { pivot = sum = squares = count = W(0); }
+    W pivot, sum = 0, squares = 0;
+    __device__ explicit Run(W element = 0) : pivot(element) {}
     __device__ void Add(const Channel&, W x, W) {
-      if (count == W(0)) pivot = x;
       const W d = x - pivot;
       sum += d;
       squares += d * d;
-      count += W(1);
     }
-    // Sums of pivot + d and of (pivot + d)^2.
-    __device__ void AddTo(double* first, double* second) const {
-      const double p = pivot, s = sum, n = count;
-      *first += n * p + s;
-      *second += squares + p * (2 * s + n * p);
+    // Sums of pivot + d and of (pivot + d)^2 over `count` elements.
+    __device__ void AddTo(double count, double* first, double* second) const {
+      const double p = pivot, s = sum;
+      *first += count * p + s;
+      *second += squares + p * (2 * s + count * p);
     }
   };
 };
@@ -94,13 +92,13 @@ struct GradientSums {
   }
 
   struct Run {
-    W sum, product;
-    __device__ void Clear() { sum = product = W(0); }
+    W sum = 0, product = 0;
+    __device__ explicit Run(W = 0) {}
     __device__ void Add(const Channel& mean, W dy, W x) {
       sum += dy;
       product += dy * ((x - mean.high) - mean.low);
     }
-    __device__ void AddTo(double* first, double* second) const {
+    __device__ void AddTo(double, double* first, double* second) const {
       *first += sum;
       *second += product;
     }

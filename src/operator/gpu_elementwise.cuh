@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <type_traits>
 
 #include "gpu_runtime.cuh"
 
@@ -53,13 +54,9 @@ struct Map {
 
 template <typename T, int V>
 __device__ void Store(const Pack<T, V>& pack, T* to, int64_t at, int64_t size) {
-  if (at + V <= size) {
-    *reinterpret_cast<Pack<T, V>*>(to + at) = pack;
-    return;
-  }
 #pragma unroll
   for (int k = 0; k < V; ++k) {
-    if (at + k < size) to[at + k] = pack.element[k];
+    if (at + k < size) to[at + k] = pack.At(k);
   }
 }
 
@@ -81,7 +78,11 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < V; ++k) entry[k] = table[(c + k) % extent.channels];
   }
-  for (; at < size; at += step) {
+  const auto apply = [&](auto is_whole) {  // whether all the access's elements are there
+    constexpr bool whole = decltype(is_whole)::value;
+    const auto load = [&](const T* from) {
+      return whole ? LoadWhole<T, V>(from, at) : Load<T, V>(from, at, size);
+    };
     if (walk == Walk::kOneChannel) {
       entry[0] = table[c];
     } else if (walk == Walk::kTwoChannels) {
@@ -100,19 +101,28 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
     }
-    const Pack<T, V> x = Load<T, V>(map.x, at, size);
-    Pack<T, V> other = {}, y = {};
-    if (map.other != nullptr) other = Load<T, V>(map.other, at, size);
-    if (map.add) y = Load<T, V>(map.y, at, size);
+    const Pack<T, V> x = load(map.x);
+    Pack<T, V> other = {}, before = {}, y = {};
+    if (map.other != nullptr) other = load(map.other);
+    if (map.add) before = load(map.y);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       const TableEntry<W>& e = entry[walk == Walk::kOneChannel ? 0 : k];
-      W value = (ToWide(x.element[k]) - e.mean) * e.scale + e.shift;
-      if (map.other != nullptr) value += e.factor * ToWide(other.element[k]);
-      if (map.add) value += ToWide(y.element[k]);
-      FromWide(value, &y.element[k]);
+      W value = (x[k] - e.mean) * e.scale + e.shift;
+      if (map.other != nullptr) value += e.factor * other[k];
+      if (map.add) value += before[k];
+      T element;
+      FromWide(value, &element);
+      y.Set(k, element);
     }
-    Store<T, V>(y, map.y, at, size);
+    if (whole) {
+      *reinterpret_cast<Pack<T, V>*>(map.y + at) = y;
+    } else {
+      Store<T, V>(y, map.y, at, size);
+    }
+  };
+  for (; at + V <= size; at += step) {
+    apply(std::true_type());
     if (walk != Walk::kSameChannels) {
       i += step_i;
       c += step_c;
@@ -123,32 +133,40 @@ __global__ void __launch_bounds__(kThreads)
       if (c >= extent.channels) c -= extent.channels;
     }
   }
+  if (at < size) apply(std::false_type());
+}
+
+// Channels last: a thread's channels stay the same if all threads together step over whole rows.
+// That takes a multiple of so many blocks.
+template <int V>
+int64_t BlocksOfRows(const Extent& extent) {
+  return extent.channels / std::gcd(extent.channels, int64_t(kThreads) * V);
+}
+
+template <int V, Walk walk, typename T>
+void LaunchElementwise(const Gpu& gpu, const Map<T>& map, const TableEntry<Wide<T>>* table) {
+  const auto kernel = ElementwiseKernel<T, V, walk>;
+  const int64_t all = Ceil(Ceil(map.extent.size(), V), kThreads);  // with one access a thread
+  int64_t blocks = std::min<int64_t>(all, BlocksAtATime(gpu, kernel));
+  if (walk == Walk::kSameChannels) {
+    const int64_t rows = BlocksOfRows<V>(map.extent);
+    blocks = std::max<int64_t>(1, blocks / rows) * rows;
+  }
+  Launch(gpu, kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), map, table);
 }
 
 template <int V, typename T>
 void ElementwiseOf(const Gpu& gpu, const Map<T>& map, const TableEntry<Wide<T>>* table) {
   const Extent& extent = map.extent;
-  const int64_t all = Ceil(Ceil(extent.size(), V), kThreads);  // blocks, with one access a thread
-  int64_t blocks = std::min<int64_t>(all, 8 * Multiprocessors(gpu));
   if (extent.inner > 1 && extent.inner % V == 0) {
-    return Launch(gpu, ElementwiseKernel<T, V, Walk::kOneChannel>,
-                  dim3(static_cast<unsigned>(blocks)), dim3(kThreads), map, table);
+    LaunchElementwise<V, Walk::kOneChannel>(gpu, map, table);
+  } else if (extent.inner > 1 && extent.inner >= V) {
+    LaunchElementwise<V, Walk::kTwoChannels>(gpu, map, table);
+  } else if (extent.inner == 1 && 4 * BlocksOfRows<V>(extent) * kThreads * V <= extent.size()) {
+    LaunchElementwise<V, Walk::kSameChannels>(gpu, map, table);
+  } else {
+    LaunchElementwise<V, Walk::kEveryElement>(gpu, map, table);
   }
-  if (extent.inner > 1 && extent.inner >= V) {
-    return Launch(gpu, ElementwiseKernel<T, V, Walk::kTwoChannels>,
-                  dim3(static_cast<unsigned>(blocks)), dim3(kThreads), map, table);
-  }
-  if (extent.inner == 1) {
-    // A thread's channels stay the same if all threads together step over whole rows.
-    const int64_t rows = extent.channels / std::gcd(extent.channels, int64_t(kThreads) * V);
-    if (rows <= std::max<int64_t>(blocks, all / 4)) {
-      blocks = std::max<int64_t>(1, blocks / rows) * rows;
-      return Launch(gpu, ElementwiseKernel<T, V, Walk::kSameChannels>,
-                    dim3(static_cast<unsigned>(blocks)), dim3(kThreads), map, table);
-    }
-  }
-  Launch(gpu, ElementwiseKernel<T, V, Walk::kEveryElement>, dim3(static_cast<unsigned>(blocks)),
-         dim3(kThreads), map, table);
 }
 
 template <typename T>

@@ -2,9 +2,7 @@
 #include <algorithm>
 #include <array>
 #include <map>
-#include <memory>
 #include <utility>
-#include <vector>
 
 #include "gpu_runtime.cuh"
 
@@ -18,20 +16,15 @@ class DeviceMemory {
   void* AtLeast(std::size_t bytes) {
     if (bytes > size_) {
       const std::size_t size = std::max(bytes, 2 * size_);
-      void* piece = nullptr;
-      Check(cudaMalloc(&piece, size));
-      pieces_.emplace_back(piece);
+      Check(cudaMalloc(&pointer_, size));
       size_ = size;
     }
-    return pieces_.empty() ? nullptr : pieces_.back().get();
+    return pointer_;
   }
 
  private:
-  struct Free {  // fails, and need not succeed, when the process ends
-    void operator()(void* pointer) const { cudaFree(pointer); }
-  };
-  std::vector<std::unique_ptr<void, Free>> pieces_;
-  std::size_t size_ = 0;  // of the last
+  void* pointer_ = nullptr;
+  std::size_t size_ = 0;
 };
 
 }  // namespace
@@ -42,10 +35,16 @@ void* ScratchBytes(const Gpu& gpu, Use use, std::size_t bytes) {
   return streams[{gpu.device, gpu.stream}][static_cast<std::size_t>(use)].AtLeast(bytes);
 }
 
-int Multiprocessors(const Gpu& gpu) {
-  int count = 0;
-  Check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, gpu.device));
-  return count;
+int BlocksAtATime(const Gpu& gpu, const void* kernel) {
+  static thread_local std::map<std::pair<int, const void*>, int> known;
+  int& blocks = known[{gpu.device, kernel}];
+  if (blocks == 0) {
+    int per_multiprocessor = 0, multiprocessors = 0;
+    Check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads, 0));
+    Check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, gpu.device));
+    blocks = std::max(1, per_multiprocessor * multiprocessors);
+  }
+  return blocks;
 }
 
 }  // namespace gluon_syncbn

@@ -66,7 +66,7 @@ def test_moving_statistics_requests_and_two_devices(kernels, dtype, shape, axis)
     checks.check_two_devices(kernels, dtype, shape, axis)
 
 
-@pytest.mark.parametrize("shape, axis", LAYOUTS[:2])
+@pytest.mark.parametrize("shape, axis", LAYOUTS[:2] + LAYOUTS[7:9])
 def test_far_from_zero(kernels, shape, axis):
     checks.check_step(kernels, "float32", shape, axis, offset=1e4)
 
