@@ -121,6 +121,13 @@ except RuntimeError as error:
     assert "install the toolkit, then build again" in done.stdout
 
 
+@needs_cuda_build
+@pytest.mark.skipif(mx.runtime.Features().is_enabled("CUDA"), reason="this MXNet has CUDA")
+def test_gpus_with_an_mxnet_without_cuda():
+    with pytest.raises(RuntimeError, match="this MXNet has no CUDA.*install mxnet-cu112"):
+        gluon_syncbn.ModelDataParallel(gluon_syncbn.SyncBatchNorm(), [mx.gpu(0)])
+
+
 def test_cpus_and_gpus_do_not_mix():
     with pytest.raises(ValueError, match=r"mixes CPUs and GPUs, cpu\(0\), gpu\(0\)"):
         gluon_syncbn.ModelDataParallel(gluon_syncbn.SyncBatchNorm(), [mx.cpu(0), mx.gpu(0)])

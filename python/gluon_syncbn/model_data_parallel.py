@@ -2,7 +2,8 @@
 
 import os
 
-from mxnet import autograd, ndarray
+from mxnet import autograd, ndarray, runtime
+from mxnet.context import num_gpus
 from mxnet.gluon import Block
 
 from . import device_threads, random_state
@@ -31,15 +32,17 @@ class ModelDataParallel:
     Further positional and keyword arguments may be such lists, too; anything else (numbers, None)
     goes to every device.  Attributes of the network are reachable through this object.
 
-    There may be fewer inputs than devices.  A device without one contributes nothing to any
-    statistic; its moving statistics become those of the others and its gradients zero, so that
-    ``trainer.step`` does what one device with the whole batch would do.
+    There may be fewer inputs than devices: the list is shorter then.  A device without one
+    contributes nothing to any statistic; its moving statistics become those of the others and its
+    gradients zero, so that ``trainer.step`` does what one device with the whole batch would do.
+    (A ``KeyBarrierSum`` of your own in the network expects its ``num_devices`` all the same.)
 
     The first call in training and the first in inference run the network once more, on one device
     alone, to initialize and trace it; initial weights are drawn from the caller's random state.
 
     The network's own calls, without this object, still meet as many devices in training as the
-    last call through this object had.
+    last call through this object had.  To go on with one device, call
+    ``ModelDataParallel(net, [context])``.
 
     An exchange or another operator that failed raises when its result is read, or else at the next
     call that has to wait for it; the call after that works.
@@ -49,12 +52,13 @@ class ModelDataParallel:
     TypeError
         If ``net`` is no Block; from a call, if the first argument is no list of NDArrays.
     ValueError
-        If ``ctx_list`` is empty, repeats a device or mixes CPUs and GPUs, or a layer's
+        If ``ctx_list`` is empty, repeats a device, mixes CPUs and GPUs or has a GPU that is not
+        there, or a layer's
         ``num_devices`` contradicts it; from a call, if the inputs do not lie on distinct devices
         of it.
     RuntimeError
         If there are several devices and MXNet runs on NaiveEngine, or the devices are GPUs and this
-        package was built without its CUDA side.
+        package was built without its CUDA side, or MXNet without CUDA.
     Exception
         From a call, whatever the network raises on one of the devices; the next call works.
 
@@ -86,7 +90,7 @@ class ModelDataParallel:
         self.ctx_list = check_contexts(ctx_list)
         self.net = net
         if self.ctx_list[0].device_type == "gpu":
-            check(LIBRARY.GluonSyncBNNeedCuda())
+            _need_gpus(self.ctx_list)
         if len(self.ctx_list) > 1 and os.environ.get("MXNET_ENGINE_TYPE") == "NaiveEngine":
             raise RuntimeError(
                 "NaiveEngine runs one operator at a time, so several devices can never meet; "
@@ -192,6 +196,19 @@ class ModelDataParallel:
         if BARRIER.failures != self._failures:
             self._failures = BARRIER.failures
             device_threads.settle()
+
+
+def _need_gpus(contexts):
+    check(LIBRARY.GluonSyncBNNeedCuda())
+    if not runtime.Features().is_enabled("CUDA"):
+        raise RuntimeError(
+            "this MXNet has no CUDA, so it takes CPU contexts only; install mxnet-cu112==1.9.1 "
+            "instead of mxnet"
+        )
+    there = num_gpus()
+    missing = [str(c) for c in contexts if c.device_id >= there]
+    if missing:
+        raise ValueError(f"ctx_list has {', '.join(missing)}, but {there} GPUs are visible")
 
 
 def _has_static_shape(net):

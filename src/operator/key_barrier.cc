@@ -331,9 +331,11 @@ void KeyBarrier::Watch() {
     const Clock::time_point now = Clock::now();
     std::ostringstream why;
     why << "not every device came within " << std::chrono::duration<double>(timeout_).count()
-        << " s. Check that every device runs this layer equally often in every step and that "
-           "num_devices is the number of devices that do; a longer deadline: "
-           "GLUON_SYNCBN_TIMEOUT or gluon_syncbn.set_timeout.";
+        << " s. A network that was trained through ModelDataParallel waits for all its devices when "
+           "it is called by itself: call it through ModelDataParallel(net, [context]). Otherwise "
+           "check that every device runs this layer equally often in every step and that "
+           "num_devices is the number of devices that do. A longer deadline: GLUON_SYNCBN_TIMEOUT "
+           "or gluon_syncbn.set_timeout.";
     std::vector<FailedRound> failed = TakeRounds(
         [&](const std::string&, Clock::time_point since) { return now - since >= timeout_; },
         why.str());

@@ -37,10 +37,11 @@ struct KeyBarrierSumParam : public dmlc::Parameter<KeyBarrierSumParam> {
         .set_default(0)
         .set_lower_bound(0)
         .describe(
-            "How many devices take part. (In _syncbn_sum 0 is what ModelDataParallel says, outside "
-            "of one the number of visible GPUs, or 1.)");
+            "How many devices take part; it must be given. (In _syncbn_sum 0 is what "
+            "ModelDataParallel says, outside of one the number of visible GPUs, or 1.)");
     DMLC_DECLARE_FIELD(call).set_default(0).describe(
-        "Tells apart several uses of one key in one graph, which may run in any order.");
+        "Tells apart several uses of one key in one graph, which may run in any order. Where a "
+        "Block is traced they are numbered; in a symbol of your own, number them.");
   }
 };
 

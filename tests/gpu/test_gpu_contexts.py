@@ -218,6 +218,11 @@ def test_a_gpu_that_fails_and_the_step_after():
         assert (got == value).all()
 
 
+def test_a_gpu_that_is_not_there():
+    with pytest.raises(ValueError, match=r"ctx_list has gpu\(99\), but \d+ GPUs are visible"):
+        ModelDataParallel(SyncBatchNorm(), [mx.gpu(0), mx.gpu(99)])
+
+
 def test_a_process_that_ends_while_a_gpu_waits():
     script = """
 import mxnet as mx, gluon_syncbn

@@ -1,0 +1,42 @@
+"""Numbers for the uses of one key in a traced network.
+
+Imperatively, KeyBarrierSum's calls meet in the order of the program.  A graph may run its operators
+in any order, and one with static memory runs the same ones again and again, so there each use of a
+key gets a number, `call`, when a Block is traced: once for all devices.
+"""
+
+import functools
+import inspect
+import threading
+from collections import Counter
+
+from mxnet import symbol
+from mxnet.gluon.block import _BlockScope
+
+_lock = threading.Lock()
+_uses = Counter()  # of a key
+
+
+def _is_tracing():
+    return getattr(_BlockScope._current, "value", None) is not None
+
+
+def _numbered(function):
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def key_barrier_sum(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        if "call" not in bound.arguments and _is_tracing():
+            key = bound.arguments.get("key")
+            with _lock:
+                bound.arguments["call"] = _uses[key]
+                _uses[key] += 1
+        return function(*bound.args, **bound.kwargs)
+
+    return key_barrier_sum
+
+
+def number_calls():
+    """Make ``mx.sym.contrib.KeyBarrierSum`` number its uses; at import, once."""
+    symbol.contrib.KeyBarrierSum = _numbered(symbol.contrib.KeyBarrierSum)
