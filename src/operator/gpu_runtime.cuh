@@ -31,9 +31,14 @@ inline cudaStream_t ToStream(const Gpu& gpu) { return static_cast<cudaStream_t>(
 template <typename... Parameters, typename... Arguments>
 void Launch(const Gpu& gpu, void (*kernel)(Parameters...), dim3 grid, dim3 block,
             const Arguments&... arguments) {
+#ifdef __CUDACC__
+  const void* const function = reinterpret_cast<const void*>(kernel);
+#else
+  const auto function = kernel;  // the emulation must know its parameters
+#endif
   const auto launch = [&](Parameters... parameters) {
     void* pointers[] = {static_cast<void*>(&parameters)...};
-    Check(cudaLaunchKernel(kernel, grid, block, pointers, 0, ToStream(gpu)));
+    Check(cudaLaunchKernel(function, grid, block, pointers, 0, ToStream(gpu)));
   };
   launch(arguments...);
 }
