@@ -4,16 +4,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 
-import gluon_syncbn
-
-
-@pytest.fixture(autouse=True)
-def deadline():
-    """Fail after 30 seconds of waiting instead of 120; a failure that no test read is one, too."""
-    gluon_syncbn.set_timeout(30)
-    yield
-    gluon_syncbn.set_timeout(30)
-    mx.nd.waitall()
+from deadline import deadline  # noqa: F401
 
 
 @pytest.fixture

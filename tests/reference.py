@@ -52,6 +52,20 @@ def batch_norm(xs, dys, gamma, beta, axis=1, epsilon=1e-5, statistics=None):
     )
 
 
+def batch_norm_layers(xs, dys, layers, axis=1):
+    """Layers in a row, without scale and shift: the last y, the first dx, every layer's result."""
+    channels = xs[0].shape[axis]
+    gamma, beta = np.ones(channels), np.zeros(channels)
+    inputs = [xs]
+    for _ in range(layers):
+        inputs.append(batch_norm(inputs[-1], dys, gamma, beta, axis).y)
+    results = []
+    for x in inputs[-2::-1]:
+        results.insert(0, batch_norm(x, dys, gamma, beta, axis))
+        dys = results[0].dx
+    return inputs[-1], dys, results
+
+
 def largest_error(got, wanted):
     """The largest difference, on the scale of the wanted values."""
     got, wanted = np.asarray(got, "float64"), np.asarray(wanted, "float64")

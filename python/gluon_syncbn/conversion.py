@@ -127,7 +127,6 @@ def convert_sync_batchnorm(net, num_devices=None):
         layer.__class__ = SyncBatchNorm
         _forget_mxnets(layer)
         layer._kwargs["num_devices"] = num_devices
-        layer._uses = 0
 
     _apply(blocks[0], layers, graphs, change)
     return net
@@ -181,7 +180,7 @@ in_channels=None)
 
     def change(layer):
         if type(layer) is SyncBatchNorm:
-            del layer._kwargs["num_devices"], layer._uses
+            del layer._kwargs["num_devices"]
         layer.__class__ = nn.BatchNorm
         _forget_mxnets(layer)
 

@@ -9,6 +9,8 @@ from mxnet import autograd
 from mxnet.gluon import nn
 from mxnet.ndarray import NDArray
 
+from .traced_calls import next_call
+
 # No two layers of a process ever meet under one key, not even one after the other.
 _keys = weakref.WeakKeyDictionary()  # layer -> its key
 _layers_named = Counter()
@@ -135,7 +137,6 @@ default 'zeros' and 'ones'
             **kwargs,
         )
         self._kwargs["num_devices"] = num_devices  # shown by repr()
-        self._uses = 0  # in graphs
 
     def _alias(self):
         # Gluon names parameters after this; checkpoints by full names go both ways, too.
@@ -178,8 +179,7 @@ default 'zeros' and 'ones'
         call = 0
         if not isinstance(x, NDArray):
             # A graph may run a layer's several uses in any order, so each gets a number.
-            call = self._uses
-            self._uses += 1
+            call = next_call(self.key)
         total = F._internal._syncbn_sum(
             local,
             running_mean,

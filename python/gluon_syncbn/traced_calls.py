@@ -1,6 +1,6 @@
-"""Numbers for the uses of one key in a traced network.
+"""Numbers for the uses of one key in a traced network, SyncBatchNorm's and KeyBarrierSum's.
 
-Imperatively, KeyBarrierSum's calls meet in the order of the program.  A graph may run its operators
+Imperatively, calls meet in the order of the program.  A graph may run its operators
 in any order, and one with static memory runs the same ones again and again, so there each use of a
 key gets a number, `call`, when a Block is traced: once for all devices.
 """
@@ -17,6 +17,13 @@ _lock = threading.Lock()
 _uses = Counter()  # of a key
 
 
+def next_call(key):
+    """The number of the next use of a key in a graph."""
+    with _lock:
+        _uses[key] += 1
+        return _uses[key] - 1
+
+
 def _is_tracing():
     return getattr(_BlockScope._current, "value", None) is not None
 
@@ -28,10 +35,7 @@ def _numbered(function):
     def key_barrier_sum(*args, **kwargs):
         bound = signature.bind(*args, **kwargs)
         if "call" not in bound.arguments and _is_tracing():
-            key = bound.arguments.get("key")
-            with _lock:
-                bound.arguments["call"] = _uses[key]
-                _uses[key] += 1
+            bound.arguments["call"] = next_call(bound.arguments.get("key"))
         return function(*bound.args, **bound.kwargs)
 
     return key_barrier_sum

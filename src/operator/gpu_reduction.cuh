@@ -66,7 +66,7 @@ struct PartialSums {
   }
 };
 
-// How many accesses a thread has under way at a time; they make one run.
+// How many accesses a thread has under way at a time.
 constexpr int kUnroll = 4;
 
 // Channels first.  A channel is `outer` planes of `inner` elements.  A plane is read in whole
@@ -81,8 +81,7 @@ struct Planes {
 class PlaneWalk {
  public:
   __device__ PlaneWalk(const Planes& planes, int64_t c)
-      : inner_(planes.extent.inner),
-        to_next_plane_(planes.extent.channels * planes.extent.inner),
+      : to_next_plane_(planes.extent.channels * planes.extent.inner),
         accesses_(planes.accesses),
         step_(static_cast<int>(blockDim.x) % planes.accesses),
         step_start_(static_cast<int>(blockDim.x) / planes.accesses * to_next_plane_) {
@@ -91,7 +90,7 @@ class PlaneWalk {
     const int64_t mine = begin + threadIdx.x;
     const int64_t end = begin + planes.chunk < all ? begin + planes.chunk : all;
     left_ = mine < end ? static_cast<int>((end - mine + blockDim.x - 1) / blockDim.x) : 0;
-    start_ = mine / accesses_ * to_next_plane_ + c * inner_;
+    start_ = mine / accesses_ * to_next_plane_ + c * planes.extent.inner;
     access_ = static_cast<int>(mine % accesses_);
   }
   // How many accesses the thread still has.
@@ -110,7 +109,7 @@ class PlaneWalk {
   }
 
  private:
-  const int64_t inner_, to_next_plane_;
+  const int64_t to_next_plane_;
   const int accesses_, step_;
   const int64_t step_start_;
   int64_t start_;

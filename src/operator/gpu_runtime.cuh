@@ -117,11 +117,7 @@ template <typename T, int V>
 struct alignas(sizeof(T) * V) Pack {
   static_assert(sizeof(T) * V % 4 == 0);
   std::uint32_t words[sizeof(T) * V / 4];
-  __device__ Wide<T> operator[](int k) const {
-    T element;
-    Get(words, k, &element);
-    return ToWide(element);
-  }
+  __device__ Wide<T> operator[](int k) const { return ToWide(At(k)); }
   // Each element once, in a pack that was {}.
   __device__ void Set(int k, T value) { Put(value, words, k); }
   __device__ T At(int k) const {

@@ -332,8 +332,8 @@ void KeyBarrier::Watch() {
     std::ostringstream why;
     why << "not every device came within " << std::chrono::duration<double>(timeout_).count()
         << " s. A network that was trained through ModelDataParallel waits for all its devices "
-           "when "
-           "it is called by itself: call it through ModelDataParallel(net, [context]). Otherwise "
+           "when it is called by itself: call it through ModelDataParallel(net, [context]). "
+           "Otherwise "
            "check that every device runs this layer equally often in every step and that "
            "num_devices is the number of devices that do. A longer deadline: GLUON_SYNCBN_TIMEOUT "
            "or gluon_syncbn.set_timeout.";

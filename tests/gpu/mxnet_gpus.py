@@ -31,13 +31,11 @@ def missing():
     return ""
 
 
-need_gpu = pytest.mark.skipif(bool(missing()), reason=missing() or "none")
-
-
 def need_gpus(count):
-    there = 0 if missing() else mx.context.num_gpus()
+    why = missing()
+    there = 0 if why else mx.context.num_gpus()
     return pytest.mark.skipif(
-        there < count, reason=missing() or f"needs {count} GPUs, and there is {there}"
+        there < count, reason=why or f"needs {count} GPUs, and there is {there}"
     )
 
 
@@ -45,8 +43,8 @@ def load(values, context, dtype=None):
     return mx.nd.array(values, ctx=context, dtype=dtype or values.dtype)
 
 
-def differentiable(*arrays, grad_req="write", before=2):
-    grads = [load(np.full(a.shape, before, a.dtype), a.context) for a in arrays]
+def differentiable(*arrays, grad_req="write"):
+    grads = [load(np.full(a.shape, 2, a.dtype), a.context) for a in arrays]
     autograd.mark_variables(list(arrays), grads, grad_req)
     return grads
 

@@ -11,10 +11,18 @@ import pytest
 from mxnet import autograd
 from mxnet.gluon import nn
 
-import gluon_syncbn
+from deadline import deadline  # noqa: F401
 from gluon_syncbn import ModelDataParallel, SyncBatchNorm, parallel_backward
-from mxnet_gpus import EMULATED, TOLERANCE, load, need_gpus, replace_what_gluon_computes
-from reference import batch_norm, largest_error
+from mxnet_gpus import (
+    EMULATED,
+    TOLERANCE,
+    differentiable,
+    load,
+    need_gpus,
+    replace_what_gluon_computes,
+)
+from networks import STATIC
+from reference import batch_norm, batch_norm_layers, largest_error
 
 HERE = pathlib.Path(__file__).parent
 pytestmark = need_gpus(2)
@@ -23,21 +31,13 @@ MODES = {
     "imperative": None,
     "hybridized": {},
     "static_alloc": {"static_alloc": True},
-    "static_shape": {"static_alloc": True, "static_shape": True},
+    "static_shape": STATIC,
 }
 
 
 @pytest.fixture(autouse=True)
 def without_kernels(monkeypatch):
     replace_what_gluon_computes(monkeypatch.setattr)
-
-
-@pytest.fixture(autouse=True)
-def deadline():
-    gluon_syncbn.set_timeout(60)
-    yield
-    gluon_syncbn.set_timeout(60)
-    mx.nd.waitall()
 
 
 def shares(rng, sizes, rest, dtype="float32"):
@@ -47,8 +47,7 @@ def shares(rng, sizes, rest, dtype="float32"):
 def inputs(values, contexts):
     """Arrays on the devices, whose gradients are recorded."""
     arrays = [load(v, c) for v, c in zip(values, contexts)]
-    grads = [load(np.full(v.shape, 7, v.dtype), c) for v, c in zip(values, contexts)]
-    autograd.mark_variables(arrays, grads)
+    differentiable(*arrays)
     return arrays
 
 
@@ -61,21 +60,6 @@ def network(contexts, mode, layers=1, dtype="float32", **options):
     if MODES[mode] is not None:
         net.hybridize(**MODES[mode])
     return net
-
-
-def reference_run(values, heads, layers, axis=1):
-    """Outputs and input gradients of layers of normalization in a row."""
-    channels = values[0].shape[axis]
-    gamma, beta = np.ones(channels), np.zeros(channels)
-    steps = [values]
-    for _ in range(layers):
-        steps.append(batch_norm(steps[-1], heads, gamma, beta, axis).y)
-    back = heads
-    results = []
-    for before in steps[-2::-1]:
-        results.append(batch_norm(before, back, gamma, beta, axis))
-        back = results[-1].dx
-    return steps[-1], back, results[::-1]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -143,7 +127,7 @@ def test_many_layers(mode, backward):
     model = ModelDataParallel(net, contexts)
     for _ in range(4):
         values, heads = (shares(rng, (3, 1, 2, 2)[: len(contexts)], (3, 4, 5)) for _ in range(2))
-        wanted_y, wanted_dx, results = reference_run(values, heads, layers)
+        wanted_y, wanted_dx, results = batch_norm_layers(values, heads, layers)
         xs = inputs(values, contexts)
         with autograd.record():
             ys = model(xs)
