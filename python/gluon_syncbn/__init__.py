@@ -7,6 +7,7 @@ check_environment()
 # What MXNet 1.9.1 is right beside must be checked before these import it.
 from .conversion import convert_symbol, convert_sync_batchnorm, revert_batchnorm  # noqa: E402
 from .data_parallel_criterion import DataParallelCriterion  # noqa: E402
+from .data_parallel_model import DataParallelModel  # noqa: E402
 from .graph_conversion import ConversionError  # noqa: E402
 from .inference_export import export_for_inference  # noqa: E402
 from .key_barrier import get_timeout, set_timeout  # noqa: E402
@@ -20,6 +21,7 @@ __all__ = [
     "BatchNorm",
     "ConversionError",
     "DataParallelCriterion",
+    "DataParallelModel",
     "ModelDataParallel",
     "SyncBatchNorm",
     "convert_symbol",
