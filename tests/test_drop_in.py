@@ -52,9 +52,11 @@ def test_the_previews_program():
 
 
 def test_the_previews_training_loop(two, rng):
-    """Its mnist.py: loss by loss, ``net.module``, and parameters initialized on one device."""
+    """Its mnist.py: ``nGPUs``, ``net.module``, a loss a device, parameters on one device."""
     net = nn.HybridSequential()
-    net.add(nn.Dense(8, in_units=6), SyncBatchNorm(in_channels=8, num_devices=2), nn.Dense(3))
+    norm = gluon_syncbn.BatchNorm(in_channels=8, nGPUs=2)
+    assert norm.num_devices == 2
+    net.add(nn.Dense(8, in_units=6), norm, nn.Dense(3))
     net.collect_params().initialize(mx.init.Xavier(magnitude=2.24))
     net = ModelDataParallel(net, two)
     loss = gluon.loss.SoftmaxCrossEntropyLoss()
