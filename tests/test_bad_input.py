@@ -14,6 +14,7 @@ from mxnet.gluon import nn
 import gluon_syncbn
 from gluon_syncbn import (
     DataParallelCriterion,
+    DataParallelModel,
     ModelDataParallel,
     SyncBatchNorm,
     compatibility,
@@ -61,6 +62,55 @@ def test_lists_of_different_lengths(model, two):
         model([ones(c) for c in two], label=[ones(two[0])])
 
 
+def test_lists_with_arrays_in_some_entries_only(model, two):
+    xs = [ones(c) for c in two]
+    for value, entry in (([ones(two[0]), None], "1 is None"), ((3, ones(two[1])), "0 is 3")):
+        with pytest.raises(TypeError, match=f"every entry of argument 2 .* but entry {entry}"):
+            model(xs, value)
+    with pytest.raises(TypeError, match="every entry of argument 'mask'.*left out of every list"):
+        model(xs, mask=[ones(two[0]), []])
+    with pytest.raises(TypeError, match="every entry of argument 1 .* but entry 1 is None"):
+        model([ones(two[0]), None])
+    with pytest.raises(TypeError, match="every entry of argument 2"):
+        DataParallelCriterion(gluon.loss.L2Loss(), two)(xs, [None, ones(two[1])])
+    with pytest.raises(ValueError, match=r"argument 2 is \[None, None\]: give None by itself"):
+        model(xs, [None, None])
+
+
+def test_batches_that_cannot_be_split(model, two):
+    x, xs = ones(two[0]), [ones(c) for c in two]
+    whole = DataParallelModel(model.module, two)
+    for call in (
+        lambda: whole(x, x, z=[ones(two[0], (3, 3))]),
+        lambda: model(xs, x, z=ones(two[0], (3, 3))),
+    ):
+        with pytest.raises(ValueError, match=r"argument 'z' has 3 rows, but argument \d has 2"):
+            call()
+    with pytest.raises(ValueError, match="has 1 rows, too few for the 2 devices that argument 1"):
+        model(xs, ones(two[0], (1, 3)))
+    with mx.util.np_shape(True):
+        with pytest.raises(ValueError, match="argument 2 has no rows"):
+            whole(x, mx.nd.ones(()))
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_batches_that_are_part_of_a_graph(attached, model, two):
+    """Two backward passes through one graph at once end the process."""
+    whole = DataParallelModel(model.module, two)
+    before = nn.Dense(3, in_units=3)
+    before.initialize()
+    x = ones(two[0])
+    if attached:
+        x.attach_grad()
+    with autograd.record():
+        batch = x if attached else before(x)
+        with pytest.raises(ValueError, match=r"argument 1 has a gradient attached.*detach\(\) it"):
+            whole(batch)
+        outs = whole(batch.detach())
+    parallel_backward(outs)
+    whole(batch)  # not recorded
+
+
 def test_empty_list(model):
     with pytest.raises(ValueError, match="list of inputs is empty"):
         model([])
@@ -75,6 +125,8 @@ def test_no_list(model, two):
         model()
     with pytest.raises(TypeError, match="every entry of the first argument"):
         model([1, 2])
+    with pytest.raises(TypeError, match="outputs must be a list with one entry per device"):
+        DataParallelCriterion(gluon.loss.L2Loss(), two)(ones(two[0]), ones(two[0]))
     with pytest.raises(TypeError, match="losses must be a list"):
         parallel_backward(ones(two[0]))
 
@@ -95,8 +147,32 @@ def test_contexts(two):
 
 
 def test_a_network_that_is_none(two):
-    with pytest.raises(TypeError, match="must be a gluon Block, but is list"):
+    with pytest.raises(TypeError, match="must be a gluon Block, or a callable.*, but is list"):
         ModelDataParallel(two, two)
+    with pytest.raises(TypeError, match="must be a gluon Block, or a callable.*, but is function"):
+        DataParallelModel(lambda x: x, two)
+    with pytest.raises(TypeError, match="in a ModelDataParallel already; take its module"):
+        ModelDataParallel(ModelDataParallel(nn.Dense(1), two), two)
+    with pytest.raises(TypeError, match="loss must be callable, but is NoneType"):
+        DataParallelCriterion(ctx_list=two)
+    with pytest.raises(TypeError, match="two names of one argument"):
+        DataParallelCriterion(gluon.loss.L2Loss(), two, module=gluon.loss.L2Loss())
+
+
+def test_a_callable_whose_network_is_not_found(two):
+    class Hidden:
+        __slots__ = ("net",)
+
+        def __call__(self, x):
+            return self.net(x)
+
+        def collect_params(self):
+            return self.net.collect_params()
+
+    hidden = Hidden()
+    hidden.net = SyncBatchNorm(prefix="hidden_")
+    with pytest.raises(TypeError, match="Hidden has the parameter hidden_gamma.* as an attribute"):
+        ModelDataParallel(hidden, two)
 
 
 def test_num_devices_that_contradicts_ctx_list(two):
@@ -200,11 +276,24 @@ def test_uninitialized_network(two):
         model([ones(c, (1, 3, 8, 8)) for c in two])
 
 
-def test_parameters_on_too_few_contexts(two):
+def test_parameters_that_cannot_be_put_on_all_contexts(two):
     net = SyncBatchNorm(in_channels=3)
     net.initialize(ctx=two[0])
-    with pytest.raises(RuntimeError, match=r"cpu\(1\)"):
-        ModelDataParallel(net, two)([ones(c) for c in two])
+    trainer = gluon.Trainer(net.collect_params(), "sgd")
+    with autograd.record():
+        y = net(ones(two[0]))
+    y.backward()
+    trainer.step(2)
+    with pytest.raises(ValueError, match=r"made steps with \[cpu\(0\)\].*make a new Trainer"):
+        ModelDataParallel(net, two)
+    assert net.gamma.list_ctx() == two[:1]
+    net.collect_params().reset_ctx(two)  # what the message says
+    gluon.Trainer(net.collect_params(), "sgd")
+    ModelDataParallel(net, two)
+    sparse = gluon.contrib.nn.SparseEmbedding(3, 2)
+    sparse.initialize(ctx=two[0])
+    with pytest.raises(ValueError, match=r"row_sparse.*net.initialize\(ctx=ctx_list\)"):
+        ModelDataParallel(sparse, two)
 
 
 def test_unknown_keyword_argument(model, two):

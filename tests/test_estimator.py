@@ -160,6 +160,20 @@ def test_estimator_with_the_batch_on_another_axis(two):
     assert_same_training(run(two, DataParallelBatchProcessor()), run(two[:1], None))
 
 
+@pytest.mark.parametrize("there", [0, 1])
+def test_parameters_on_one_device_are_put_on_all(there, two):
+    """The Trainer, too, was made for one."""
+
+    def run(contexts):
+        net = initialized(contexts)
+        net(mx.nd.zeros((1, *next(iter(loader(1, 1, 0)))[0].shape[1:]), contexts[0]))
+        estimator = estimator_for(net, two, DataParallelBatchProcessor())
+        estimator.fit(loader(9, 4, 0), epochs=1)
+        return [], parameters_of(net)
+
+    assert_same_training(run([two[there]]), run(two), tolerance=0)
+
+
 def test_errors_of_the_batch_processor_say_what_to_do(two):
     net = initialized(two)
     data = loader(4, 4, 0)

@@ -9,8 +9,10 @@ import pytest
 from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
+import gluon_syncbn
 from gluon_syncbn import (
     DataParallelCriterion,
+    DataParallelModel,
     ModelDataParallel,
     SyncBatchNorm,
     convert_sync_batchnorm,
@@ -20,6 +22,7 @@ from gluon_syncbn import (
 pytest.importorskip("gluoncv")
 
 from gluoncv import model_zoo  # noqa: E402
+from gluoncv import utils as gluoncv_utils  # noqa: E402
 from gluoncv.loss import MixSoftmaxCrossEntropyLoss  # noqa: E402
 from gluoncv.model_zoo.segbase import SegEvalModel  # noqa: E402
 from gluoncv.utils import parallel as theirs  # noqa: E402
@@ -287,6 +290,141 @@ def test_evaluation_waits_for_nobody():
     got = theirs.DataParallelModel(SegEvalModel(net), contexts)(x)
     got = np.concatenate([part[0].asnumpy() for part in got])
     np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-5)
+
+
+class Script:
+    """Does what scripts/segmentation/train.py --syncbn does, call by call, with other imports.
+
+    What differs: parallel_backward, on CPU contexts; pixels are summed, not averaged over each
+    device's, so that one device gives the same gradients; and there is no Dropout.
+    """
+
+    dtype, crop = "float64", 32
+
+    def __init__(self, ctx, aux, syncbn=True):
+        self.ctx = ctx
+        model = without_dropout(
+            model_zoo.FCN(
+                nclass=4,
+                backbone="resnet50",
+                norm_layer=SyncBatchNorm,
+                norm_kwargs={"num_devices": len(ctx)},
+                aux=aux,
+                base_size=self.crop,
+                crop_size=self.crop,
+                pretrained_base=False,
+            )
+        )
+        # Pretrained weights would lie on the CPU, as these do.
+        model.initialize(mx.init.Normal(0.05), force_reinit=True)
+        model.cast(self.dtype)
+        self.net = DataParallelModel(model, ctx, syncbn)
+        self.evaluator = DataParallelModel(SegEvalModel(model), ctx)
+        criterion = MixSoftmaxCrossEntropyLoss(aux, aux_weight=0.5, size_average=False)
+        self.criterion = DataParallelCriterion(criterion, ctx, syncbn)
+        self.lr_scheduler = gluoncv_utils.LRSequential(
+            [
+                gluoncv_utils.LRScheduler("linear", 0, 1e-4, nepochs=0, iters_per_epoch=3),
+                gluoncv_utils.LRScheduler("poly", 1e-4, nepochs=1, iters_per_epoch=3, power=0.9),
+            ]
+        )
+        for v in self.net.module.collect_params(".*beta|.*gamma|.*bias").values():
+            v.wd_mult = 0.0
+        self.optimizer = gluon.Trainer(
+            self.net.module.collect_params(),
+            "sgd",
+            {"lr_scheduler": self.lr_scheduler, "wd": 1e-4, "momentum": 0.9},
+            kvstore=mx.kv.create("local"),
+        )
+        self.metric = gluoncv_utils.metrics.SegmentationMetric(4)
+
+    def training(self, data, target):
+        train_loss = 0.0
+        with autograd.record(True):
+            outputs = self.net(data.astype(self.dtype, copy=False))
+            losses = self.criterion(outputs, target)
+            mx.nd.waitall()
+        parallel_backward(losses)
+        self.optimizer.step(len(data))
+        for loss in losses:
+            train_loss += np.mean(loss.asnumpy()) * len(loss) / len(data)
+        mx.nd.waitall()
+        return train_loss
+
+    def validation(self, data, target):
+        self.metric.reset()
+        outputs = self.evaluator(data.astype(self.dtype, copy=False))
+        outputs = [x[0] for x in outputs]
+        targets = gluon.utils.split_and_load(target, self.ctx, even_split=False)
+        self.metric.update(targets, outputs)
+        mx.nd.waitall()
+        return self.metric.get(), np.concatenate([x.asnumpy() for x in outputs])
+
+
+@pytest.mark.parametrize("aux", [False, True])
+def test_the_segmentation_script(aux, tmp_path):
+    results = []
+    for devices in (1, 2):
+        mx.random.seed(1)
+        rng = np.random.RandomState(0)
+        script = Script([mx.cpu(i) for i in range(devices)], aux)
+        losses, scores = [], []
+        for size in (4, 3):
+            data = mx.nd.array(rng.randn(size, 3, script.crop, script.crop))
+            target = mx.nd.array(rng.randint(0, 4, (size, script.crop, script.crop)))
+            losses.append(script.training(data, target))
+            scores.append(script.validation(data, target))
+        script.net.module.save_parameters(str(tmp_path / "fcn.params"))
+        script.net.module.load_parameters(str(tmp_path / "fcn.params"), ctx=script.ctx)
+        assert script.net.module.conv1[0].weight.list_ctx() == script.ctx
+        results.append((losses, scores))
+    (wanted_losses, wanted_scores), (losses, scores) = results
+    # Later steps only roughly: a step amplifies rounding.
+    np.testing.assert_allclose(losses[0], wanted_losses[0], rtol=1e-9)
+    np.testing.assert_allclose(losses[1], wanted_losses[1], rtol=1e-3)
+    (_, prediction), (_, wanted) = scores[0], wanted_scores[0]
+    np.testing.assert_allclose(prediction, wanted, rtol=1e-3, atol=1e-3)
+    for (score, _), (wanted, _) in zip(scores, wanted_scores):
+        np.testing.assert_allclose(score, wanted, atol=0.01)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_our_wrappers_give_what_theirs_give(devices):
+    """Form and values, for structures of inputs; theirs without threads, on plain layers."""
+    contexts = [mx.cpu(i) for i in range(devices)]
+
+    class Evaluator:
+        def __init__(self, net, form):
+            self.net, self.form = net, form
+
+        def __call__(self, inputs, scale=1):
+            x, (y, _) = inputs
+            return self.form(self.net(x) + y * scale)
+
+        def collect_params(self):
+            return self.net.collect_params()
+
+    net = nn.Dense(3, in_units=3)
+    net.initialize(ctx=contexts)
+    x = mx.nd.random.normal(shape=(5, 3))
+    loss = gluon.loss.L2Loss()
+    for form in (lambda y: y, lambda y: [y], lambda y: (y,)):
+        results = []
+        for module in (theirs, gluon_syncbn):
+            model = module.DataParallelModel(Evaluator(net, form), contexts)
+            outputs = model((x, [x, None]), scale=2)
+            losses = module.DataParallelCriterion(loss, contexts)(outputs, x)
+            results.append((outputs, losses))
+        (wanted, wanted_losses), (outputs, losses) = results
+        assert type(outputs) is type(wanted) is tuple and len(outputs) == len(wanted) == devices
+        for got, want in zip(outputs, wanted):
+            assert type(got) is type(want) is tuple and got[0].context == want[0].context
+            np.testing.assert_array_equal(got[0].asnumpy(), want[0].asnumpy())
+        assert len(losses) == len(wanted_losses)
+        for got, want in zip(losses, wanted_losses):
+            np.testing.assert_array_equal(got.asnumpy(), want.asnumpy())
+    plain = theirs.DataParallelModel(net)(x), gluon_syncbn.DataParallelModel(net)(x)
+    np.testing.assert_array_equal(plain[0].asnumpy(), plain[1].asnumpy())
 
 
 def test_what_ssd_appends_by_itself_is_converted():

@@ -8,6 +8,7 @@ check_environment()
 from . import gluon_hooks, mixed_precision, traced_calls  # noqa: E402
 from .conversion import convert_symbol, convert_sync_batchnorm, revert_batchnorm  # noqa: E402
 from .data_parallel_criterion import DataParallelCriterion  # noqa: E402
+from .data_parallel_model import DataParallelModel  # noqa: E402
 from .graph_conversion import ConversionError  # noqa: E402
 from .inference_export import export_for_inference  # noqa: E402
 from .key_barrier import get_timeout, set_timeout  # noqa: E402
@@ -25,6 +26,7 @@ __all__ = [
     "BatchNorm",
     "ConversionError",
     "DataParallelCriterion",
+    "DataParallelModel",
     "ModelDataParallel",
     "SyncBatchNorm",
     "convert_symbol",

@@ -13,7 +13,7 @@ from .exchanges import blocks_of, forget_traces, mark_edited, set_graph
 from .graph import Graph
 from .graph_conversion import ConversionError, make_plain, synchronize
 from .model_data_parallel import ModelDataParallel
-from .shares import instances_in
+from .nested import instances_in
 from .sync_batch_norm import SyncBatchNorm, checked_num_devices
 
 

@@ -35,8 +35,8 @@ class DataParallelBatchProcessor(BatchProcessor):
     TypeError
         From ``fit`` and ``evaluate``, if data or label are no arrays.
     ValueError
-        From ``fit`` and ``evaluate``, if data and label differ in length, or the estimator's
-        ``context`` is not where the network's parameters are.
+        From ``fit`` and ``evaluate``, if data and label differ in length, or the network's
+        parameters lie on several devices that are not the estimator's ``context``.
     Exception
         From ``fit`` and ``evaluate``, what :class:`ModelDataParallel` raises.
 
@@ -50,7 +50,7 @@ class DataParallelBatchProcessor(BatchProcessor):
     >>> ctx_list = [mx.cpu(0), mx.cpu(1)]
     >>> net = gluon.nn.HybridSequential()
     >>> net.add(gluon.nn.Dense(8), SyncBatchNorm(), gluon.nn.Dense(2))
-    >>> net.initialize(ctx=ctx_list)
+    >>> net.initialize()
     >>> data = gluon.data.ArrayDataset(mx.nd.random.normal(shape=(5, 4)), mx.nd.zeros(5))
     >>> estimator = Estimator(
     ...     net, gluon.loss.SoftmaxCrossEntropyLoss(),
@@ -141,13 +141,17 @@ def _names(contexts):
 
 
 def _check_parameters(net, contexts):
-    """Estimator takes cpu(0) if it is given no context, wherever the parameters are."""
+    """Estimator takes cpu(0) if it is given no context, wherever the parameters are.
+
+    Those on one device are put on the estimator's, those on several are meant to stay there.
+    """
     for parameter in net.collect_params().values():
         if not parameter._data and not parameter._deferred_init:
             continue  # not initialized: nothing to worry about unless the network uses it
-        if set(parameter.list_ctx()) != set(contexts):
+        there = parameter.list_ctx()
+        if len(there) > 1 and set(there) != set(contexts):
             raise ValueError(
-                f"{parameter.name} lies on {_names(parameter.list_ctx())}, but the estimator's "
-                f"context is {_names(contexts)}; give Estimator(context=...) the list that "
+                f"{parameter.name} lies on {_names(there)}, but the estimator's context is "
+                f"{_names(contexts)}; give Estimator(context=...) the list that "
                 "net.initialize(ctx=...) got"
             )

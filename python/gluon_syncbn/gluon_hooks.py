@@ -20,7 +20,7 @@ from . import passes
 from .device_threads import in_callers_thread
 from .exchanges import edited_since, exchanges_of, last_edit
 from .library import LIBRARY, check
-from .shares import arrays_in
+from .nested import arrays_in
 
 _build_cache = HybridBlock._build_cache
 _call_cached_op = HybridBlock._call_cached_op

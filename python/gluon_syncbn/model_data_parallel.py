@@ -4,14 +4,15 @@ import os
 
 from mxnet import autograd, runtime
 from mxnet.context import num_gpus
-from mxnet.gluon import Block
 
 from . import device_threads, random_state
+from .callable_block import CallableBlock, as_block
 from .exchanges import adopt_graphs, exchanges_of, last_edit
 from .key_barrier import BARRIER
 from .keyword_arguments import call
 from .library import LIBRARY, check
 from .passes import Pass, check_num_devices, remember, running
+from .placement import Placement
 from .shares import check_contexts, split
 
 
@@ -20,17 +21,24 @@ class ModelDataParallel:
 
     Parameters
     ----------
-    net : Block
-        The network; its parameters must be initialized on all of ``ctx_list``.  Layers of it that
-        were given no ``num_devices`` are synchronized over ``ctx_list``.
+    net : Block or callable
+        The network, or a callable with ``collect_params`` that runs one.  Layers of it that were
+        given no ``num_devices`` are synchronized over ``ctx_list``.
     ctx_list : list of Context
         The devices.
 
     Notes
     -----
     Called with a list of NDArrays, one per device, it gives the list of outputs in the same order.
-    Further positional and keyword arguments may be such lists, too; anything else (numbers, None)
-    goes to every device.  Attributes of the network are reachable through this object.
+    An entry may be a list or tuple with NDArrays, and None beside them.  Further positional and
+    keyword arguments may be such lists, too, or whole NDArrays, which are split by rows over the
+    devices of the first list, unevenly if it must be.  Anything else (numbers, None, lists without
+    NDArrays) goes to every device.  Attributes of the network are reachable through this object,
+    the network itself as ``module``.  (:class:`DataParallelModel` takes whole batches alone.)
+
+    Parameters that lack one of the devices are put on all of them, deferred ones, too, when this
+    object is made and when it is called (``reset_ctx``; gradients are zero then).  Those on more
+    devices are left alone.  A Trainer that was made before, but made no step yet, follows.
 
     There may be fewer inputs than devices: the list is shorter then.  A device without one
     contributes nothing to any statistic; its moving statistics become those of the others and its
@@ -52,12 +60,15 @@ class ModelDataParallel:
     Raises
     ------
     TypeError
-        If ``net`` is no Block; from a call, if the first argument is no list of NDArrays.
+        If ``net`` is no Block and no callable with ``collect_params``; from a call, if the first
+        argument is no list with an NDArray in every entry, or another list has NDArrays in some
+        entries only.
     ValueError
         If ``ctx_list`` is empty, repeats a device, mixes CPUs and GPUs or has a GPU that is not
         there, or a layer's
-        ``num_devices`` contradicts it; from a call, if the inputs do not lie on distinct devices
-        of it.
+        ``num_devices`` contradicts it; if a parameter lacks one of its devices, and is sparse or
+        has a Trainer that has made steps; from a call, if the inputs do not lie on distinct devices
+        of it, or an NDArray cannot be split.
     RuntimeError
         If there are several devices and MXNet runs on NaiveEngine, or the devices are GPUs and this
         package was built without its CUDA side, or MXNet without CUDA.
@@ -87,8 +98,9 @@ class ModelDataParallel:
     """
 
     def __init__(self, net, ctx_list):
-        if not isinstance(net, Block):
-            raise TypeError(f"the network must be a gluon Block, but is {type(net).__name__}")
+        if isinstance(net, ModelDataParallel):
+            raise TypeError("the network is in a ModelDataParallel already; take its module")
+        net = as_block(net)
         self.ctx_list = check_contexts(ctx_list)
         self.net = net
         if self.ctx_list[0].device_type == "gpu":
@@ -100,6 +112,13 @@ class ModelDataParallel:
             )
         random_state.begin()
         self._read_exchanges()
+        self._placement = Placement(net, self.ctx_list)
+        self._placement.restore()
+
+    @property
+    def module(self):
+        """The network, as it was given."""
+        return self.net.function if isinstance(self.net, CallableBlock) else self.net
 
     def __getattr__(self, name):
         if name == "net":  # not set yet: copying or unpickling
@@ -114,6 +133,7 @@ class ModelDataParallel:
         if self._edit != last_edit():  # a part of the network may have been converted since
             self._read_exchanges()
         self._raise_failures()
+        self._placement.restore()
         present = [share.context for share in shares]
         a_pass = Pass(self.net, present, [c for c in self.ctx_list if c not in present])
         outputs = self._run(shares, a_pass)

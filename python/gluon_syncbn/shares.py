@@ -5,6 +5,9 @@ from collections import namedtuple
 from mxnet.context import Context
 from mxnet.ndarray import NDArray
 
+from .nested import arrays_in, divide
+from .whole_batches import named_arguments, rows_of
+
 Share = namedtuple("Share", "context args kwargs")
 
 
@@ -28,78 +31,35 @@ def check_contexts(contexts, name="ctx_list"):
     return contexts
 
 
-def instances_in(value, kind):
-    """Yield what is of a type, be it the value or in the lists, tuples and dicts within it."""
-    if isinstance(value, kind):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from instances_in(entry, kind)
-    elif isinstance(value, dict):
-        yield from instances_in(list(value.values()), kind)
+def _holds_array(value):
+    return any(True for _ in arrays_in(value))
 
 
-def arrays_in(value):
-    """Yield the NDArrays in a value and in the lists, tuples and dicts within it."""
-    return instances_in(value, NDArray)
-
-
-def _is_per_device(value):
-    return isinstance(value, (list, tuple)) and all(
-        any(True for _ in arrays_in(entry)) for entry in value
-    )
-
-
-def split(contexts, args, kwargs):
-    """Give each device its share of a call's arguments.
-
-    A list or tuple in which every entry is or holds an NDArray has one entry per device; anything
-    else goes to every device as it is.
-
-    Parameters
-    ----------
-    contexts : list of Context
-        The devices there are.
-    args : tuple
-        Positional arguments; the first must be a list with one entry per device.
-    kwargs : dict
-        Keyword arguments.
-
-    Returns
-    -------
-    list of Share
-        In the order of the entries.
-
-    Raises
-    ------
-    TypeError
-        If the first argument is no list of NDArrays.
-    ValueError
-        If a list is empty, or its entries do not lie on contexts of ours, each once.
-    """
-    if not args or not isinstance(args[0], (list, tuple)):
+def _is_per_device(name, value):
+    """Whether a value is a list or tuple with an entry for each device; or raise TypeError."""
+    if not isinstance(value, (list, tuple)):
+        return False
+    without = [i for i, entry in enumerate(value) if not _holds_array(entry)]
+    if len(without) == len(value):
+        return False
+    if without:
+        (i, *_) = without
         raise TypeError(
-            "the first argument must be a list with one NDArray per device, but is "
-            f"{type(args[0]).__name__ if args else 'missing'}; "
-            "mxnet.gluon.utils.split_and_load(batch, ctx_list, even_split=False) makes one"
+            f"every entry of {name} must be an NDArray, or a list or tuple with one, since it is a "
+            f"list with one entry per device; but entry {i} is {value[i]!r}. A device without "
+            "input is left out of every list"
         )
-    if not args[0]:
-        raise ValueError("the list of inputs is empty; give the input of one device at least")
-    if not _is_per_device(args[0]):
-        raise TypeError(
-            "every entry of the first argument must be an NDArray, or a list or tuple of them; "
-            f"got {[type(entry).__name__ for entry in args[0]]}"
-        )
-    count = len(args[0])
-    named = [(f"argument {i + 1}", value) for i, value in enumerate(args)]
-    named += [(f"argument {name!r}", value) for name, value in kwargs.items()]
-    devices = [None] * count
-    for name, value in named:
-        if not _is_per_device(value) or not value:
-            continue
-        if len(value) != count:
+    return True
+
+
+def _check_devices(contexts, lists):
+    """The devices of lists that have an entry for each, in their order; or raise ValueError."""
+    first, entries = lists[0]
+    devices = [None] * len(entries)
+    for name, value in lists:
+        if len(value) != len(devices):
             raise ValueError(
-                f"{name} has {len(value)} entries, but the first argument has {count}; "
+                f"{name} has {len(value)} entries, but {first} has {len(devices)}; "
                 "every list needs one entry per device"
             )
         for i, entry in enumerate(value):
@@ -116,16 +76,81 @@ def split(contexts, args, kwargs):
                 f"an input lies on {device}, which is not in ctx_list "
                 f"{[str(c) for c in contexts]}; move it with as_in_context"
             )
-    check_contexts(devices, "the list of inputs")
+    return check_contexts(devices, "the list of inputs")
 
-    def entry(value, i):
-        return value[i] if _is_per_device(value) and value else value
 
-    return [
-        Share(
-            device,
-            tuple(entry(value, i) for value in args),
-            {name: entry(value, i) for name, value in kwargs.items()},
+def split(contexts, args, kwargs):
+    """Give each device its share of a call's arguments.
+
+    A list or tuple in which every entry is or holds an NDArray has one entry per device.  An
+    NDArray by itself is a whole batch, which is cut by rows for the devices of the lists.  Anything
+    else goes to every device as it is.
+
+    Parameters
+    ----------
+    contexts : list of Context
+        The devices there are.
+    args : tuple
+        Positional arguments.
+    kwargs : dict
+        Keyword arguments.  The first argument must be such a list.
+
+    Returns
+    -------
+    list of Share
+        In the order of the entries.
+
+    Raises
+    ------
+    TypeError
+        If the first argument is no list of NDArrays, or a list has them in some entries only.
+    ValueError
+        If a list is empty, consists of as many None as devices take part, or its entries do not lie
+        on contexts of ours, each once; or an NDArray cannot be cut.
+    """
+    named = named_arguments(args, kwargs)
+    first = named[0][1] if named else None
+    if not isinstance(first, (list, tuple)):
+        raise TypeError(
+            "the first argument must be a list with one NDArray per device, but is "
+            f"{type(first).__name__ if named else 'missing'}; "
+            "mxnet.gluon.utils.split_and_load(batch, ctx_list, even_split=False) makes one, and "
+            "DataParallelModel takes whole batches"
         )
-        for i, device in enumerate(devices)
-    ]
+    if not first:
+        raise ValueError("the list of inputs is empty; give the input of one device at least")
+    lists = [(name, value) for name, value in named if _is_per_device(name, value)]
+    if not lists or lists[0][1] is not first:
+        raise TypeError(
+            "every entry of the first argument must be an NDArray, or a list or tuple of them; "
+            f"got {[type(entry).__name__ for entry in first]}"
+        )
+    devices = _check_devices(contexts, lists)
+    batches = [(name, value) for name, value in named if isinstance(value, NDArray)]
+    if len(devices) > 1 and batches:
+        rows = rows_of(batches)
+        if rows < len(devices):
+            raise ValueError(
+                f"{batches[0][0]} has {rows} rows, too few for the {len(devices)} devices that "
+                f"{lists[0][0]} has entries for"
+            )
+    entries = {name: divide(value, devices) for name, value in batches}
+    entries.update(lists)
+    for name, value in named:
+        if name not in entries and isinstance(value, (list, tuple)):
+            _check_not_ambiguous(name, value, len(devices))
+
+    def share(i):
+        own = [entries[name][i] if name in entries else value for name, value in named]
+        return Share(devices[i], tuple(own[: len(args)]), dict(zip(kwargs, own[len(args) :])))
+
+    return [share(i) for i in range(len(devices))]
+
+
+def _check_not_ambiguous(name, value, count):
+    if len(value) == count and all(entry is None for entry in value):
+        raise ValueError(
+            f"{name} is {value!r}: give None by itself if every device is to get None (a list with "
+            "one entry per device holds NDArrays); a list of None that the network itself asks for "
+            "must come from the network"
+        )

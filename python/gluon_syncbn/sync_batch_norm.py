@@ -121,6 +121,8 @@ default 'zeros' and 'ones'
         axis=1,
         **kwargs,
     ):
+        if num_devices is None:
+            num_devices = kwargs.pop("nGPUs", None)  # the original preview's name for it
         num_devices = checked_num_devices(num_devices)
         super().__init__(
             axis=axis,
