@@ -7,7 +7,6 @@ parameters.
 
 from mxnet.gluon import Block, SymbolBlock, contrib, nn
 from mxnet.symbol import Symbol
-from mxnet.util import is_np_array
 
 from .exchanges import blocks_of, forget_traces, mark_edited, set_graph
 from .graph import Graph
@@ -90,8 +89,7 @@ def convert_sync_batchnorm(net, num_devices=None):
         If ``net`` is no Block.  (For a Symbol there is :func:`convert_symbol`.)
     ConversionError
         A ValueError: if a layer is batch normalization of another kind, or in a list that Gluon
-        does not know of, which it names; or for networks of ``mx.np``.  Nothing has been converted
-        then.
+        does not know of, which it names.  Nothing has been converted then.
 
     Examples
     --------
@@ -105,11 +103,6 @@ def convert_sync_batchnorm(net, num_devices=None):
         raise TypeError("net is a Symbol; use gluon_syncbn.convert_symbol")
     blocks = _blocks_of(net)
     num_devices = checked_num_devices(num_devices)
-    if is_np_array():
-        raise ConversionError(
-            "networks of mx.np cannot be converted: our operators are of mx.nd; "
-            "call mx.npx.reset_np() before making the network"
-        )
     _check_registered(blocks)
     layers = []
     for block in blocks:

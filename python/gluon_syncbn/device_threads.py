@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 import mxnet as mx
 from mxnet import autograd
+from mxnet.util import is_np_array, is_np_shape, np_array, np_shape
 
 from . import random_state
 from .key_barrier import BARRIER
@@ -29,11 +30,11 @@ def _thread_of(context):
         return _threads[context]
 
 
-def _in_state(context, function, recording, training):
+def _in_state(context, function, recording, training, numpy_shape, numpy_array):
     autograd.set_recording(recording)
     autograd.set_training(training)
     random_state.follow(context)
-    with context:
+    with np_shape(numpy_shape), np_array(numpy_array), context:
         return function()
 
 
@@ -49,9 +50,9 @@ def settle():
 def run(tasks, keys):
     """Run one function per device, each in its device's thread, and give their results.
 
-    The functions run in the caller's recording and training state.  If one raises, the exchanges
-    that the others wait in are ended, everything pending is let run out, and its exception is
-    raised here; after that everything works as before.
+    The functions run in the caller's state: recording, training, and ``mx.npx.set_np``.  If one
+    raises, the exchanges that the others wait in are ended, everything pending is let run out, and
+    its exception is raised here; after that everything works as before.
 
     Parameters
     ----------
@@ -69,7 +70,7 @@ def run(tasks, keys):
             "a device's thread cannot run all devices: it would wait for itself; call "
             "ModelDataParallel and parallel_backward from outside of networks"
         )
-    state = autograd.is_recording(), autograd.is_training()
+    state = autograd.is_recording(), autograd.is_training(), is_np_shape(), is_np_array()
     with _lock:  # two callers come to all devices in the same order, or they could wait crosswise
         futures = [
             _thread_of(context).submit(_in_state, context, function, *state)

@@ -22,7 +22,6 @@ _OURS = {**_MXNET, "eps": "1e-05", "fix_gamma": "False"}
 _CONVERTIBLE = ("BatchNorm", "BatchNorm_v1", "_contrib_SyncBatchNorm")
 _INCONVERTIBLE = {
     "_contrib_BatchNormWithReLU": "it is fused with a relu; use BatchNorm and Activation",
-    "_npx_batch_norm": "it belongs to mx.np; use mx.sym.BatchNorm",
 }
 _UNWRAP = "unroll a loop; convert before a graph is fused (optimize_for)"
 EXCHANGES = ("_syncbn_sum", "_contrib_KeyBarrierSum")

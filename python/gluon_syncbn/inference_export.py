@@ -25,7 +25,7 @@ def _exported(net, remove_amp_cast):
     names = set(sym.list_inputs())
     try:
         parameters = {
-            name: parameter._reduce()  # over the devices
+            name: parameter._reduce().as_nd_ndarray()  # over the devices
             for name, parameter in net.collect_params().items()
             if name in names
         }

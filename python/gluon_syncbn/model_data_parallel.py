@@ -2,7 +2,7 @@
 
 import os
 
-from mxnet import autograd, ndarray, runtime
+from mxnet import autograd, runtime
 from mxnet.context import num_gpus
 from mxnet.gluon import Block
 
@@ -228,7 +228,6 @@ def _zero_gradients(net, absent):
             continue
         for context in absent:
             if parameter.grad_req == "write":
-                gradient = parameter.grad(context)
-                ndarray.zeros_like(gradient, out=gradient)
+                parameter.grad(context)[:] = 0
             # What Trainer looks at to tell a gradient of this step from an old one.
             parameter.data(context)._fresh_grad = True

@@ -9,6 +9,7 @@ from mxnet import autograd
 from mxnet.gluon import nn
 from mxnet.ndarray import NDArray
 
+from .numpy_arrays import either_kind
 from .traced_calls import next_call
 
 # No two layers of a process ever meet under one key, not even one after the other.
@@ -68,18 +69,20 @@ default 'zeros' and 'ones'
 
     Inputs
     ------
-    data : NDArray or Symbol
+    data : NDArray or Symbol, of mx.nd or of mx.np
         float16, float32 or float64, of 2 or more dimensions.
 
     Outputs
     -------
     out : NDArray or Symbol
-        As ``data``.
+        As ``data``: its kind, shape and dtype.
 
     Raises
     ------
     ValueError
         If ``num_devices`` is neither None nor a positive integer.
+    TypeError
+        From the call, for data of mx.nd under ``mx.npx.set_np()``.
     mxnet.MXNetError
         From the call for integer data, an axis out of range or channels that do not match; when
         the output is read, if another device did not come within the deadline (see
@@ -158,6 +161,7 @@ default 'zeros' and 'ones'
                 _keys[self] = name if count == 1 else f"{name}#{count}"
             return _keys[self]
 
+    @either_kind
     def hybrid_forward(self, F, x, gamma, beta, running_mean, running_var):
         options = {k: self._kwargs[k] for k in ("axis", "eps", "momentum", "fix_gamma")}
         own = self._kwargs["use_global_stats"]
