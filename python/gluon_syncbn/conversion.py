@@ -10,7 +10,7 @@ from mxnet.symbol import Symbol
 
 from .exchanges import blocks_of, forget_traces, mark_edited, set_graph
 from .graph import Graph
-from .graph_conversion import ConversionError, make_plain, synchronize
+from .graph_conversion import NO_AVERAGE, ConversionError, make_plain, synchronize
 from .model_data_parallel import ModelDataParallel
 from .shares import instances_in
 from .sync_batch_norm import SyncBatchNorm, checked_num_devices
@@ -146,8 +146,9 @@ def revert_batchnorm(net):
     TypeError
         If ``net`` is neither.
     ConversionError
-        A ValueError: if a layer is of a class derived from ours, or a graph has an exchange that is
-        no batch normalization.  Nothing has been converted then.
+        A ValueError: if a layer is of a class derived from ours or does what MXNet's cannot
+        (``momentum=None``), or a graph has an exchange that is no batch normalization.  Nothing has
+        been converted then.
 
     Examples
     --------
@@ -169,6 +170,8 @@ in_channels=None)
                 f"{layer.name} is a {type(layer).__name__}, which is not known to do what "
                 "SyncBatchNorm does; put SyncBatchNorm in its place"
             )
+        if layer._kwargs["momentum"] is None:
+            raise ConversionError(f"{layer.name} cannot be converted: {NO_AVERAGE}")
     graphs = _graphs_of(blocks, make_plain)
 
     def change(layer):

@@ -9,7 +9,7 @@ from .graph import Graph
 from .graph_conversion import EXCHANGES, unique_keys
 from .sync_batch_norm import SyncBatchNorm
 
-# `statistics`: the moving mean's and variance's Parameter, or () for a bare KeyBarrierSum.
+# `statistics`: the Parameters that training moves without a gradient; () for a bare KeyBarrierSum.
 Exchange = namedtuple("Exchange", "name key num_devices statistics")
 
 _loaded = weakref.WeakKeyDictionary()  # SymbolBlock -> its exchanges
@@ -65,8 +65,8 @@ def _read_graph(block):
         for node in graph.nodes
         if node.op == "_syncbn_batch_norm" and not node.flag("use_global_stats", False)
     ]
-    variances = {
-        node.inputs[5][0].name: node.inputs[6][0].name
+    moved = {
+        node.inputs[5][0].name: [source.name for source, _ in node.inputs[5:]]
         for node in graph.nodes
         if node.op == "_syncbn_normalize"
     }
@@ -75,8 +75,7 @@ def _read_graph(block):
         node.attrs["key"] = key
         statistics = ()
         if node.op == "_syncbn_sum":
-            mean = node.inputs[1][0].name
-            statistics = block.params[mean], block.params[variances[mean]]
+            statistics = tuple(block.params[name] for name in moved[node.inputs[1][0].name])
         num_devices = int(node.attrs.get("num_devices", 0)) or None
         found.append(Exchange(node.name, key, num_devices, statistics))
     if found:
@@ -89,8 +88,7 @@ def exchanges_of(net):
     found = []
     for block in blocks_of(net):
         if isinstance(block, SyncBatchNorm):
-            statistics = block.running_mean, block.running_var
-            found.append(Exchange(block.name, block.key, block.num_devices, statistics))
+            found.append(Exchange(block.name, block.key, block.num_devices, block.statistics))
         elif isinstance(block, SymbolBlock):
             if block not in _loaded:
                 _loaded[block] = _read_graph(block)

@@ -142,7 +142,7 @@ def export_for_inference(net, path, epoch=0, fold=False, remove_amp_cast=True):
         raise TypeError(f"net must be a HybridBlock, but is a {type(net).__name__}")
     settle()  # a graph with static_shape writes statistics behind the engine's back
     graph, parameters = _exported(net, remove_amp_cast)
-    make_plain(graph)
+    make_plain(graph, inference=True)
     _check(graph, parameters)
     _write_ones(graph, parameters)
     if fold:

@@ -50,9 +50,11 @@ class SyncBatchNorm(nn.BatchNorm):
         How many devices take part.  None: what :class:`ModelDataParallel` says; outside of one,
         the number of visible GPUs, or 1.  (A network that has been called through a
         ModelDataParallel keeps to what that said.)
-    momentum : float, default 0.9
+    momentum : float or None, default 0.9
         How much the moving statistics keep: ``moving = moving * momentum + batch * (1 -
-        momentum)``.  The moving variance is the biased one, as in MXNet.
+        momentum)``.  None: they are the average over all batches so far, as in PyTorch; the layer
+        then has one more parameter, ``num_batches_tracked``, of shape (1,).  The moving variance is
+        the biased one, as in MXNet.
     epsilon : float, default 1e-5
         Added to the variance.
     center : bool, default True
@@ -108,6 +110,8 @@ default 'zeros' and 'ones'
     [-1.0, 1.0]
     """
 
+    num_batches_tracked = None  # a Parameter with momentum=None only
+
     def __init__(
         self,
         in_channels=0,
@@ -140,6 +144,15 @@ default 'zeros' and 'ones'
             **kwargs,
         )
         self._kwargs["num_devices"] = num_devices  # shown by repr()
+        if momentum is None:
+            self.num_batches_tracked = self.params.get(
+                "num_batches_tracked",
+                grad_req="null",
+                shape=(1,),
+                init="zeros",
+                allow_deferred_init=True,
+                differentiable=False,
+            )
 
     def _alias(self):
         # Gluon names parameters after this; checkpoints by full names go both ways, too.
@@ -149,6 +162,12 @@ default 'zeros' and 'ones'
     def num_devices(self):
         """The number of devices that the layer was given, or None."""
         return self._kwargs["num_devices"]
+
+    @property
+    def statistics(self):
+        """The parameters that training moves without a gradient, a tuple."""
+        moved = self.running_mean, self.running_var, self.num_batches_tracked
+        return tuple(parameter for parameter in moved if parameter is not None)
 
     @property
     def key(self):
@@ -162,8 +181,13 @@ default 'zeros' and 'ones'
             return _keys[self]
 
     @either_kind
-    def hybrid_forward(self, F, x, gamma, beta, running_mean, running_var):
+    def hybrid_forward(
+        self, F, x, gamma, beta, running_mean, running_var, num_batches_tracked=None
+    ):
         options = {k: self._kwargs[k] for k in ("axis", "eps", "momentum", "fix_gamma")}
+        if options["momentum"] is None:
+            del options["momentum"]
+            options.update(cumulative_average=True, num_batches_tracked=num_batches_tracked)
         own = self._kwargs["use_global_stats"]
         # A graph learns only when it runs whether it is in training; a call of ours knows now.
         if own or self.num_devices == 1 or isinstance(x, NDArray) and not autograd.is_training():
