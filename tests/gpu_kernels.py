@@ -153,7 +153,7 @@ class Layer:
 
     def __init__(self, kernels, dtype, shape, axis, fix_gamma=False, alone=False, batches=None):
         self.kernels, self.dtype, self.axis, self.alone = kernels, dtype, axis, alone
-        self.fix_gamma = fix_gamma
+        self.fix_gamma, self.momentum = fix_gamma, 0.9
         self.shape = feature_shape(shape, axis)
         self.channels = channels = shape[axis]
         self.wide = "float64" if dtype == "float64" else "float32"
@@ -181,7 +181,7 @@ class Layer:
         kernels, p = self.kernels, self
         statistics = self.statistics.pointer if measured else None
         k = NormalizeForward(
-            TYPES[self.dtype], self.shape, 1e-5, 0.9, self.fix_gamma, x.pointer, statistics,
+            TYPES[self.dtype], self.shape, 1e-5, p.momentum, self.fix_gamma, x.pointer, statistics,
             p.gamma.pointer, p.beta.pointer, p.mean.pointer, p.var.pointer, request, y.pointer,
             p.batches and p.batches.pointer,
         )  # fmt: skip
@@ -319,6 +319,10 @@ def check_moving_statistics(kernels, dtype, shape, axis, alone):
     assert largest_error(layer.beta_grad.numpy(), wanted.dbeta[0]) < max(
         TOLERANCE[dtype] / 10, 1e-11
     )
+    assert (layer.mean.numpy() == 0.5).all() and (layer.var.numpy() == 2).all()
+    layer.momentum = 1.0
+    layer.forward(device.array(np.full(shape, np.nan, dtype)), y)
+    assert np.isnan(y.numpy()).all()
     assert (layer.mean.numpy() == 0.5).all() and (layer.var.numpy() == 2).all()
 
 

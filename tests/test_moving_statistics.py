@@ -1,4 +1,4 @@
-"""What the layer keeps of the batches: the average over all of them, momentum=None."""
+"""What the layer keeps of its batches: their average (momentum=None), or nothing at all."""
 
 import functools
 import json
@@ -12,7 +12,7 @@ from mxnet.gluon import nn
 import gluon_syncbn as sbn
 from gluon_syncbn import ConversionError, ModelDataParallel, SyncBatchNorm
 from networks import STATIC, assert_same_training, convolutional, data_for, train
-from reference import rows
+from reference import batch_norm, largest_error, rows
 
 HYBRIDIZE = [None, {}, {"static_alloc": True}, STATIC]
 TOLERANCE = {"float16": 1e-6, "float32": 1e-6, "float64": 1e-12}
@@ -257,3 +257,124 @@ def test_it_has_no_plain_form(num_devices, tmp_path, rng):
     loaded = gluon.SymbolBlock.imports(files[0], ["data"], files[1])
     with pytest.raises(ConversionError, match="momentum=None"):
         sbn.revert_batchnorm(loaded)
+
+
+# track_running_stats=False
+
+untracked = functools.partial(SyncBatchNorm, track_running_stats=False)
+
+
+def gradients(call, xs, dys, train_mode):
+    """Outputs and gradients of a layer on the shares of a batch."""
+    for x in xs:
+        x.attach_grad()
+    with autograd.record(train_mode=train_mode):
+        ys = call(xs)
+    sbn.parallel_backward(ys, dys, train_mode=train_mode)
+    return [y.asnumpy() for y in ys], [x.grad.asnumpy() for x in xs]
+
+
+def check_gradients(got, xs, dys, tolerance):
+    channels = xs[0].shape[1]
+    arrays = [[a.asnumpy() for a in part] for part in (xs, dys)]
+    want = batch_norm(*arrays, np.ones(channels), np.zeros(channels))
+    for y, dx, want_y, want_dx in zip(*got, want.y, want.dx):
+        assert largest_error(y, want_y) < tolerance
+        assert largest_error(dx, want_dx) < tolerance
+
+
+@pytest.mark.parametrize("hybridize", HYBRIDIZE)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("num_devices", [7, 1])
+def test_inference_by_the_batch(hybridize, dtype, num_devices, rng):
+    """With its gradient; seven devices are waited for in training only."""
+    layer = untracked(num_devices=num_devices)
+    layer.cast(dtype)
+    initialized(layer, hybridize)
+    x, dy = (mx.nd.array(rng.randn(4, 3, 5) + 2, dtype=dtype) for _ in range(2))
+    got = gradients(lambda xs: [layer(xs[0])], [x], [dy], train_mode=False)
+    tolerance = {"float16": 2e-3, "float32": 3e-6, "float64": 1e-11}[dtype]
+    check_gradients(got, [x], [dy], tolerance)
+    np.testing.assert_array_equal(layer(x).asnumpy(), got[0][0])
+
+
+@pytest.mark.parametrize("hybridize", HYBRIDIZE)
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_nothing_is_moved(hybridize, momentum, rng):
+    layer = untracked(momentum=momentum)
+    initialized(layer, hybridize)
+    for x in (rng.randn(4, 3), np.full((4, 3), np.nan)):
+        train_on(layer, mx.nd.array(x))
+        layer(mx.nd.array(x)).wait_to_read()
+    mean, variance = (values[0].tolist() for values in numbers(layer))
+    assert (mean, variance) == ([0, 0, 0], [1, 1, 1])
+
+
+@pytest.mark.parametrize("hybridize", HYBRIDIZE)
+def test_training_is_synchronized_and_inference_is_not(hybridize, two, rng):
+    layer = initialized(untracked(), hybridize, ctx=two)
+    model = ModelDataParallel(layer, two)
+    xs, dys = (
+        [mx.nd.array((i + 1) * rng.randn(3 + i, 3) + i, ctx=two[i]) for i in range(2)]
+        for _ in range(2)
+    )
+    for _ in range(2):
+        check_gradients(gradients(model, xs, dys, train_mode=True), xs, dys, 3e-6)
+        ys, dxs = gradients(model, xs, dys, train_mode=False)
+        for i in range(2):
+            got = [ys[i]], [dxs[i]]
+            check_gradients(got, [xs[i]], [dys[i]], 3e-6)
+        for y, x in zip(model(xs), xs):
+            y.wait_to_read()
+            flat = rows(x.asnumpy(), 1)
+            want = (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5)
+            assert largest_error(y.asnumpy(), want) < 3e-6
+
+
+def test_untracked_checkpoints_are_those_of_other_layers(tmp_path):
+    layers = [nn.BatchNorm(in_channels=3), untracked(in_channels=3), untracked(3, momentum=None)]
+    for layer in layers:
+        layer.initialize()
+    for layer in layers:
+        layer.save_parameters(str(tmp_path / "layer.params"))
+        for other in layers:
+            other.load_parameters(str(tmp_path / "layer.params"))
+
+
+@pytest.mark.parametrize("num_devices", [None, 1])
+def test_export_of_untracked_layers(num_devices, two, tmp_path, rng):
+    """Plain export keeps what they do; there is no plain BatchNorm that does it."""
+    net = nn.HybridSequential()
+    net.add(SyncBatchNorm(), untracked(num_devices=num_devices))
+    initialized(net, {})
+    x = mx.nd.array(rng.randn(6, 3))
+    want = net(x).asnumpy()
+    net.export(str(tmp_path / "net"))
+    files = str(tmp_path / "net-symbol.json"), str(tmp_path / "net-0000.params")
+    loaded = gluon.SymbolBlock.imports(files[0], ["data"], files[1], ctx=two)
+    np.testing.assert_allclose(loaded(x).asnumpy(), want, atol=1e-6)
+    why = "batchnorm.*track_running_stats=False.*use net.export"
+    for refuses in (
+        lambda: sbn.revert_batchnorm(net),
+        lambda: sbn.revert_batchnorm(loaded),
+        lambda: sbn.revert_batchnorm(net(mx.sym.var("data"))),
+        lambda: sbn.export_for_inference(net, str(tmp_path / "plain")),
+    ):
+        with pytest.raises(ConversionError, match=why):
+            refuses()
+    assert type(net[0]) is SyncBatchNorm
+    assert not list(tmp_path.glob("plain*"))
+
+
+def test_options_that_contradict_each_other():
+    with pytest.raises(ValueError, match="use_global_stats=True.*leave one of them out"):
+        untracked(use_global_stats=True)
+
+
+def test_conversion_there_and_back():
+    """A layer that was nn.BatchNorm has the options' defaults, and loses them again."""
+    layer = nn.BatchNorm(in_channels=3)
+    before = repr(layer)
+    sbn.convert_sync_batchnorm(layer)
+    assert layer.track_running_stats and layer.num_batches_tracked is None
+    assert repr(sbn.revert_batchnorm(layer)) == before

@@ -29,6 +29,10 @@ NO_AVERAGE = (
     "momentum and load its parameters with ignore_extra=True, or, for inference, use "
     "export_for_inference"
 )
+NO_BATCH_STATISTICS = (
+    "with track_running_stats=False it normalizes by its batch in inference, which MXNet's "
+    "BatchNorm cannot do; use net.export, whose files load where gluon_syncbn is imported"
+)
 EXCHANGES = ("_syncbn_sum", "_contrib_KeyBarrierSum")
 
 _graphs = itertools.count(1)
@@ -114,6 +118,8 @@ def make_plain(graph, inference=False):
             inputs = [moments.inputs[0], *node.inputs[3:]]
         else:
             continue
+        if node.flag("use_batch_stats", False):
+            _cannot(node, NO_BATCH_STATISTICS)
         if node.flag("cumulative_average", False):
             if not inference:
                 _cannot(node, NO_AVERAGE)

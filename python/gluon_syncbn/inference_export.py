@@ -115,8 +115,8 @@ def export_for_inference(net, path, epoch=0, fold=False, remove_amp_cast=True):
         If the network has no graph, or parameters without values.
     ConversionError
         A ValueError: if the graph has an operator of this package that is no batch normalization
-        (KeyBarrierSum), or in a loop, or parameters that do not fit each other.  Nothing is written
-        then.
+        (KeyBarrierSum), or in a loop, or a layer with ``track_running_stats=False``, or parameters
+        that do not fit each other.  Nothing is written then.
 
     Notes
     -----

@@ -65,6 +65,7 @@ struct MomentsForward {
 // Normalize, forward.  In training (statistics with a count) it also moves the moving statistics,
 // with the biased variance, as MXNet's BatchNorm does.  With `batches`, how many batches there were
 // before, they become the average over all of them, whatever the momentum, and the number grows.
+// A momentum of 1 moves nothing, not even for data that are not finite.
 struct NormalizeForward {
   DataType type;
   FeatureShape shape;

@@ -238,7 +238,7 @@ void RunTyped(const NormalizeForward& k) {
     const ChannelStatistics s = statistics[c];
     const double gamma_c = k.fix_gamma ? 1.0 : static_cast<double>(gamma[c]);
     tables.Set(c, s.mean, gamma_c / std::sqrt(s.var + k.epsilon), beta[c]);
-    if (!statistics.measured()) return;
+    if (!statistics.measured() || momentum == 1) return;
     moving_mean[c] = static_cast<W>(momentum * moving_mean[c] + (1 - momentum) * s.mean);
     moving_var[c] = static_cast<W>(momentum * moving_var[c] + (1 - momentum) * s.var);
   });

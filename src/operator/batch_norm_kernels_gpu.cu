@@ -158,6 +158,7 @@ __global__ void __launch_bounds__(kThreads)
   W* moving_mean = static_cast<W*>(k.moving_mean) + c;
   W* moving_var = static_cast<W*>(k.moving_var) + c;
   const double momentum = Momentum<W>(k);
+  if (momentum == 1) return;
   *moving_mean = static_cast<W>(momentum * *moving_mean + (1 - momentum) * mean);
   *moving_var = static_cast<W>(momentum * *moving_var + (1 - momentum) * var);
 }

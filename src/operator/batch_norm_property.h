@@ -21,7 +21,8 @@ enum MovingStatistics { kMovingMean, kMovingVar, kBatches };
 using Blobs = std::vector<mxnet::TBlob>;
 using Requests = std::vector<mxnet::OpReqType>;
 
-// All but the statistics.  `Param` has axis, eps, momentum, fix_gamma and cumulative_average.
+// All but the statistics.  `Param` has axis, eps, momentum, cumulative_average, fix_gamma and
+// use_batch_stats.
 template <typename Param>
 NormalizeForward ForwardKernel(const Param& param, const Blobs& in_data, const Requests& req,
                                const Blobs& out_data, const Blobs& aux) {
@@ -30,7 +31,7 @@ NormalizeForward ForwardKernel(const Param& param, const Blobs& in_data, const R
   k.type = ToDataType(x.type_flag_);
   k.shape = ToFeatureShape(x.shape_, param.axis);
   k.epsilon = param.eps;
-  k.momentum = param.momentum;
+  k.momentum = param.use_batch_stats ? 1.0 : param.momentum;
   k.fix_gamma = param.fix_gamma;
   k.x = x.dptr_;
   k.gamma = in_data[in_data.size() - 2].dptr_;
@@ -94,7 +95,7 @@ class BatchNormProperty : public ParameterizedProperty<Self, Param> {
     Unify(&per_channel, &aux->at(kMovingMean), "moving_mean");
     Unify(&per_channel, &aux->at(kMovingVar), "moving_var");
     if (this->param_.cumulative_average) {
-      mxnet::TShape one = VectorShape(1);
+      mxnet::TShape one(1, 1);
       Unify(&one, &aux->at(kBatches), "num_batches_tracked");
     }
     return mxnet::shape_is_known(data);

@@ -20,6 +20,7 @@ struct NormalizeParam : public dmlc::Parameter<NormalizeParam> {
   double momentum;
   bool cumulative_average;
   bool fix_gamma;
+  bool use_batch_stats;
   DMLC_DECLARE_PARAMETER(NormalizeParam) {
     DMLC_DECLARE_FIELD(axis).set_default(1).describe("The channel axis; negative from the end.");
     DMLC_DECLARE_FIELD(eps).set_default(1e-5).describe("Added to the variance.");
@@ -31,6 +32,11 @@ struct NormalizeParam : public dmlc::Parameter<NormalizeParam> {
             "Let the moving statistics be the average over all batches so far, which a third "
             "auxiliary state counts, whatever the momentum.");
     DMLC_DECLARE_FIELD(fix_gamma).set_default(false).describe("Treat gamma as 1.");
+    DMLC_DECLARE_FIELD(use_batch_stats)
+        .set_default(false)
+        .describe(
+            "Normalize by the batch's own statistics in inference, too, and leave the moving "
+            "statistics as they are.");
   }
 };
 
