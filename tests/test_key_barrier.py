@@ -25,14 +25,16 @@ class Barrier:
     def close(self):
         LIBRARY.GluonSyncBNBarrierFree(self.handle)
 
-    def arrive(self, participant, values, num_devices, key="k", lane=0, kind="cpu"):
+    def arrive(
+        self, participant, values, num_devices, key="k", a_pass=0, round_number=0, kind="cpu"
+    ):
         """Arrive and return a dict that is filled when the round ends."""
         values = np.ascontiguousarray(values, "float64")
         out = {"event": threading.Event()}
 
-        def done(_, total, round_number, devices, error):
+        def done(_, total, number, devices, error):
             out["total"] = np.array(total[: len(values)]) if total else None
-            out["round"], out["devices"], out["error"] = round_number, devices, error.decode()
+            out["round"], out["devices"], out["error"] = number, devices, error.decode()
             out["event"].set()
 
         callback = library.DONE(done)
@@ -40,7 +42,8 @@ class Barrier:
         status = LIBRARY.GluonSyncBNBarrierArrive(
             self.handle,
             key.encode(),
-            lane,
+            a_pass,
+            round_number,
             participant,
             kind.encode(),
             f"device {participant}".encode(),
@@ -102,15 +105,16 @@ def test_fast_device_opens_later_rounds(barrier):
     assert len({out["round"] for out in fast}) == 3
 
 
-def test_keys_and_lanes_do_not_mix(barrier):
+def test_keys_passes_and_backward_rounds_do_not_mix(barrier):
+    where = [("a", 0, 0), ("b", 0, 0), ("a", 70, 0), ("a", 80, 0), ("a", 70, 7), ("a", 70, 8)]
     outs = [
-        barrier.arrive(p, [10**i + p], 2, key=key, lane=lane)
+        barrier.arrive(p, [10**i + p], 2, key, a_pass, round_number)
         for p in (0, 1)
-        for i, (key, lane) in enumerate([("a", 0), ("b", 0), ("a", 7), ("a", 8)])
+        for i, (key, a_pass, round_number) in enumerate(where)
     ]
     wait(*outs)
-    for i in range(4):
-        assert outs[i]["total"] == outs[i + 4]["total"] == [2 * 10**i + 1]
+    for i in range(6):
+        assert outs[i]["total"] == outs[i + 6]["total"] == [2 * 10**i + 1]
 
 
 def test_many_threads_many_rounds(barrier):
@@ -142,7 +146,7 @@ def test_deadline_fails_everyone_who_waits_and_the_next_round_works():
         assert out["total"] is None
         for part in ("'k'", "forward", "device 0 device 1", "missing: 1 of 3", "0.2 s"):
             assert part in out["error"]
-    (out,) = wait(barrier.arrive(0, [1], 2, lane=3))
+    (out,) = wait(barrier.arrive(0, [1], 2, round_number=3))
     assert "backward" in out["error"]
     assert barrier.control.failures == 2
     outs = wait(*[barrier.arrive(p, [1], 3) for p in range(3)])
@@ -170,28 +174,40 @@ def test_contradiction_fails_the_round_at_once(barrier, second, message):
     np.testing.assert_array_equal(outs[0]["total"], [2, 4])
 
 
-def test_members_overrule_what_arrivals_say(barrier):
-    barrier.control.set_members(["k"], 2)
-    outs = wait(barrier.arrive(0, [1], 3), barrier.arrive(2, [1], 3))
-    assert outs[0]["total"] == [2] and outs[0]["devices"] == 2
-    assert barrier.control.members_differ(["k"], 3) and not barrier.control.members_differ(["k"], 2)
-    barrier.control.set_members(["k"], 0)
-    outs = wait(*[barrier.arrive(p, [1], 3) for p in range(3)])
-    assert outs[0]["devices"] == 3
+def test_a_late_device_does_not_meet_the_next_pass(barrier):
+    """Outside of a pass nobody can know which round it meant; in one, everybody does."""
+    first, second = barrier.control.new_pass(), barrier.control.new_pass()
+    assert first != second
+    barrier.control.timeout = 0.2
+    (early,) = wait(barrier.arrive(0, [1], 2, a_pass=first))
+    assert "missing: 1 of 2" in early["error"]
+    barrier.control.timeout = 10
+    late = barrier.arrive(1, [1], 2, a_pass=first)
+    outs = wait(*[barrier.arrive(p, [10], 2, a_pass=second) for p in (0, 1)])
+    assert [out["total"][0] for out in outs] == [20, 20]
+    assert not late["event"].is_set()
 
 
-@pytest.mark.parametrize("aborted", ["k", ""])
-def test_abort_fails_open_and_new_rounds_until_resume(barrier, aborted):
-    waiting, other = barrier.arrive(0, [1], 2), barrier.arrive(0, [1], 2, key="other")
-    barrier.control.abort([aborted], "cpu(1) broke.")
-    wait(waiting)
-    assert "cpu(1) broke." in waiting["error"] and "missing: 1 of 2" in waiting["error"]
-    assert other["event"].is_set() == (aborted == "")
-    (late,) = wait(barrier.arrive(1, [1], 2))
-    assert "cpu(1) broke." in late["error"]
-    barrier.control.resume([aborted])
-    outs = wait(barrier.arrive(0, [1], 2), barrier.arrive(1, [2], 2))
-    assert outs[0]["total"] == [3]
+def test_abort_ends_one_pass_and_no_other(barrier):
+    first, second = barrier.control.new_pass(), barrier.control.new_pass()
+    waiting, backward, other, outside = (
+        barrier.arrive(0, [1], 2, a_pass=first),
+        barrier.arrive(0, [1], 2, a_pass=first, round_number=5),
+        barrier.arrive(0, [1], 2, a_pass=second),
+        barrier.arrive(0, [1], 2),
+    )
+    barrier.control.abort([first], "cpu(1) broke.")
+    for out in wait(waiting, backward):
+        assert "cpu(1) broke." in out["error"] and "missing: 1 of 2" in out["error"]
+    for late in (dict(a_pass=first), dict(a_pass=first, key="another")):
+        (out,) = wait(barrier.arrive(1, [1], 2, **late))
+        assert "cpu(1) broke." in out["error"]
+    assert not other["event"].is_set() and not outside["event"].is_set()
+    wait(other, outside, barrier.arrive(1, [2], 2, a_pass=second), barrier.arrive(1, [2], 2))
+    assert other["total"] == outside["total"] == [3]
+    assert barrier.control.failures == 4
+    assert barrier.control.failures_of(["k"]) == 3
+    assert barrier.control.failures_of(["another", "never"]) == 1
 
 
 def test_close_fails_all(barrier):

@@ -11,6 +11,7 @@ from mxnet import autograd, gluon
 
 import gluon_syncbn
 from gluon_syncbn import ModelDataParallel
+from held import held
 from networks import STATIC
 
 CONTEXTS = [mx.cpu(i) for i in range(4)]
@@ -84,17 +85,29 @@ def test_calls_meet_in_the_order_of_the_program(rng):
             np.testing.assert_array_equal(second.asnumpy(), [200, 200])
 
 
-def test_a_call_that_was_prepared_and_never_run_is_named():
+def test_a_call_that_waits_for_an_earlier_one_names_it():
     """Calls of a key keep their order, so later ones wait for it, up to the deadline."""
     gluon_syncbn.set_timeout(0.3)
-    symbol = mx.sym.contrib.KeyBarrierSum(mx.sym.var("x"), key="idle", num_devices=1)
-    executor = symbol.simple_bind(CONTEXTS[0], x=(2,))
-    y = mx.nd.contrib.KeyBarrierSum(mx.nd.ones(2), key="idle", num_devices=1)
-    with pytest.raises(mx.MXNetError, match=r"An earlier call with this key on cpu\(0\)"):
-        y.asnumpy()
-    del executor
-    y = mx.nd.contrib.KeyBarrierSum(mx.nd.ones(2), key="idle", num_devices=1)
-    np.testing.assert_array_equal(y.asnumpy(), [1, 1])
+    with held(mx.nd.ones(2)) as late:
+        first = mx.nd.contrib.KeyBarrierSum(late, key="idle", num_devices=1)
+        second = mx.nd.contrib.KeyBarrierSum(mx.nd.full(2, 2), key="idle", num_devices=1)
+        with pytest.raises(mx.MXNetError, match=r"An earlier call with this key on cpu\(0\)"):
+            second.asnumpy()
+    np.testing.assert_array_equal(first.asnumpy(), [1, 1])
+    third = mx.nd.contrib.KeyBarrierSum(mx.nd.ones(2), key="idle", num_devices=1)
+    np.testing.assert_array_equal(third.asnumpy(), [1, 1])
+
+
+def test_an_executor_that_never_runs_keeps_nobody_waiting():
+    """It is bound long before it runs, so it cannot have a place in the order of the calls."""
+    gluon_syncbn.set_timeout(5)
+    y = mx.sym.contrib.KeyBarrierSum(mx.sym.var("x"), key="bound", num_devices=1)
+    first, second = (y.simple_bind(CONTEXTS[0], x=(2,)) for _ in range(2))
+    called = mx.nd.contrib.KeyBarrierSum(mx.nd.ones(2), key="bound", num_devices=1)
+    np.testing.assert_array_equal(called.asnumpy(), [1, 1])
+    for executor in (second, first, second):
+        executor.forward(x=mx.nd.full(2, 3))
+        np.testing.assert_array_equal(executor.outputs[0].asnumpy(), [3, 3])
 
 
 def test_calls_tell_the_uses_of_a_key_apart():

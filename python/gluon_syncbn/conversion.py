@@ -44,10 +44,10 @@ def _graphs_of(blocks, convert):
 def _apply(net, layers, graphs, change):
     for layer in layers:
         change(layer)
+        mark_edited(layer)
     for block, graph in graphs:
         set_graph(block, graph)
     forget_traces(net)
-    mark_edited()
 
 
 def _check_registered(blocks):

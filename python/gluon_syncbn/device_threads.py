@@ -7,35 +7,104 @@ threads are kept.  docs/architecture.md has the whole story.
 """
 
 import os
+import queue
 import threading
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 
 import mxnet as mx
-from mxnet import autograd
+from mxnet import autograd, context
 from mxnet.util import is_np_array, is_np_shape, np_array, np_shape
 
-from . import random_state
-from .key_barrier import BARRIER
+from . import passes, random_state
 
-_lock = threading.RLock()
+_lock = threading.RLock()  # of _threads, and of the order in which callers come to the devices
+_gluon_lock = threading.RLock()  # what is not safe in several threads at once
 _threads = {}  # Context -> an executor of one thread
-if hasattr(os, "register_at_fork"):  # a forked child has none of the parent's threads
-    os.register_at_fork(after_in_child=_threads.clear)
+_device_thread = threading.local()
 
 
-def _thread_of(context):
-    with _lock:
-        if context not in _threads:
-            _threads[context] = ThreadPoolExecutor(1, thread_name_prefix=f"gluon_syncbn-{context}")
-        return _threads[context]
+def _forget_after_fork():
+    """A forked child has none of the parent's threads, and nobody who would open its locks."""
+    global _lock, _gluon_lock
+    _threads.clear()
+    _lock, _gluon_lock = threading.RLock(), threading.RLock()
 
 
-def _in_state(context, function, recording, training, numpy_shape, numpy_array):
-    autograd.set_recording(recording)
-    autograd.set_training(training)
-    random_state.follow(context)
-    with np_shape(numpy_shape), np_array(numpy_array), context:
-        return function()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+def _thread_of(device):
+    if device not in _threads:
+        _threads[device] = ThreadPoolExecutor(1, thread_name_prefix=f"gluon_syncbn-{device}")
+    return _threads[device]
+
+
+class _State:
+    """MXNet's modes of a thread, for another thread to run something as if it were there."""
+
+    def __init__(self):
+        self._modes = autograd.is_recording(), autograd.is_training()
+        self._context = context.current_context()
+        self._numpy = is_np_shape(), is_np_array()  # mx.npx.set_np
+
+    def run(self, function):
+        before = autograd.is_recording(), autograd.is_training()
+        self._set(*self._modes)
+        try:
+            with np_shape(self._numpy[0]), np_array(self._numpy[1]), self._context:
+                return function()
+        finally:
+            self._set(*before)
+
+    @staticmethod
+    def _set(recording, training):
+        autograd.set_recording(recording)
+        autograd.set_training(training)
+
+
+class _Request:
+    """Something that a device's thread wants done in its caller's thread."""
+
+    def __init__(self, function):
+        self._function, self._state = function, _State()
+        self._done = threading.Event()
+        self._result = self._error = None
+
+    def serve(self):
+        try:
+            with _gluon_lock:
+                self._result = self._state.run(self._function)
+        except BaseException as error:
+            self.refuse(error)
+            if not isinstance(error, Exception):
+                raise  # Ctrl-C is the caller's
+        self._done.set()
+
+    def refuse(self, error):
+        self._error = error
+        self._done.set()
+
+    def result(self):
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+def in_callers_thread(function):
+    """Run a function where nothing else of Gluon's runs that is not safe in several threads.
+
+    From a device's thread that is the thread that called ``run``, which waits for it; from any
+    other it is the thread itself.
+    """
+    events = getattr(_device_thread, "events", None)
+    if events is None:
+        with _gluon_lock:
+            return function()
+    request = _Request(function)
+    events.put(request)
+    return request.result()
 
 
 def settle():
@@ -47,18 +116,86 @@ def settle():
     mx.nd.waitall()
 
 
-def run(tasks, keys):
+class _Run:
+    """One function per device, each in its device's thread; see :func:`run`."""
+
+    def __init__(self):
+        self._events = queue.SimpleQueue()  # requests, and futures that are done
+        self._futures = []
+        self._pending = 0
+
+    def submit(self, tasks, a_pass):
+        state = _State()
+        with _lock:  # all callers come to all devices in one order, or they could wait crosswise
+            for device, function in tasks:
+                future = _thread_of(device).submit(
+                    self._in_device_thread, device, state, function, a_pass
+                )
+                self._pending += 1
+                self._futures.append(future)
+                future.add_done_callback(self._events.put)
+
+    def _in_device_thread(self, device, state, function, a_pass):
+        random_state.follow(device)
+        _device_thread.events = self._events
+        try:
+            with passes.running(a_pass):
+                return state.run(lambda: _on(device, function))
+        finally:
+            _device_thread.events = None
+
+    def first_error(self):
+        """Serve the devices until all are done, or one has failed; return its exception."""
+        while self._pending:
+            event = self._events.get()
+            if isinstance(event, _Request):
+                event.serve()
+                continue
+            self._pending -= 1
+            if event.exception() is not None:
+                return event.exception()
+        return None
+
+    def give_up(self, error):
+        """Let the other devices end."""
+        while self._pending:
+            event = self._events.get()
+            if isinstance(event, _Request):
+                event.refuse(error)
+            else:
+                self._pending -= 1
+
+    def where(self, error):
+        """The number of the task that raised."""
+        return next((i for i, f in enumerate(self._futures) if _raised(f, error)), None)
+
+    def results(self):
+        return [future.result() for future in self._futures]
+
+
+def _on(device, function):
+    with device:
+        return function()
+
+
+def _raised(future, error):
+    return future.done() and future.exception() is error
+
+
+def run(tasks, a_pass=None, fail=None):
     """Run one function per device, each in its device's thread, and give their results.
 
-    The functions run in the caller's state: recording, training, and ``mx.npx.set_np``.  If one
-    raises, the exchanges that the others wait in are ended, everything pending is let run out, and
-    its exception is raised here; after that everything works as before.
+    The functions run in the caller's modes.  If one raises, nobody may wait for its device any
+    more: ``fail`` says so to the exchange.  Then everything pending is let run out, and its
+    exception is raised here; after that everything works as before.
 
     Parameters
     ----------
     tasks : list of (Context, callable)
-    keys : list of str
-        The exchanges that the functions may wait in; [""] for all.
+    a_pass : Pass, optional
+        What they are parts of.
+    fail : callable, optional
+        Called with the reason; by default the pass's ``fail``.
 
     Returns
     -------
@@ -70,28 +207,22 @@ def run(tasks, keys):
             "a device's thread cannot run all devices: it would wait for itself; call "
             "ModelDataParallel and parallel_backward from outside of networks"
         )
-    state = autograd.is_recording(), autograd.is_training(), is_np_shape(), is_np_array()
-    with _lock:  # two callers come to all devices in the same order, or they could wait crosswise
-        futures = [
-            _thread_of(context).submit(_in_state, context, function, *state)
-            for context, function in tasks
-        ]
+    this_run = _Run()
     try:
-        wait(futures, return_when=FIRST_EXCEPTION)
-        failed = next((i for i, f in enumerate(futures) if f.done() and f.exception()), None)
-        if failed is None:
-            return [future.result() for future in futures]
-        error, where = futures[failed].exception(), tasks[failed][0]
+        this_run.submit(tasks, a_pass)
+        error = this_run.first_error()
     except BaseException as interruption:  # Ctrl-C while the devices run
-        error, where = interruption, None
-    why = f"{where} raised {type(error).__name__}." if where else "the call was interrupted."
-    BARRIER.abort(keys, why)
+        error = interruption
+    if error is None:
+        return this_run.results()
+    number = this_run.where(error)
+    why = "the call was interrupted."
+    if number is not None:
+        why = f"{tasks[number][0]} raised {type(error).__name__}."
+    (fail or a_pass.fail)(why)
+    this_run.give_up(error)
     try:
-        wait(futures)
-        try:
-            settle()
-        except mx.MXNetError:
-            pass  # what `error` brought about
-    finally:
-        BARRIER.resume(keys)
+        settle()
+    except mx.MXNetError:
+        pass  # what `error` brought about
     raise error

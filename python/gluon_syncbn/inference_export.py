@@ -5,7 +5,6 @@ from mxnet import ndarray
 from mxnet.contrib.amp.amp import bfloat16
 from mxnet.gluon import HybridBlock
 
-from .device_threads import settle
 from .folding import fold as fold_graph
 from .graph import Graph, Node
 from .graph_conversion import ConversionError, make_plain
@@ -140,7 +139,6 @@ def export_for_inference(net, path, epoch=0, fold=False, remove_amp_cast=True):
         net = net.net
     if not isinstance(net, HybridBlock):
         raise TypeError(f"net must be a HybridBlock, but is a {type(net).__name__}")
-    settle()  # a graph with static_shape writes statistics behind the engine's back
     graph, parameters = _exported(net, remove_amp_cast)
     make_plain(graph, inference=True)
     _check(graph, parameters)

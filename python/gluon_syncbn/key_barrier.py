@@ -1,4 +1,4 @@
-"""The key-barrier's face in Python: its deadline, its members, and ending its rounds."""
+"""The key-barrier's face in Python: its deadline, its passes, and ending them."""
 
 import atexit
 import ctypes
@@ -51,32 +51,20 @@ class KeyBarrier:
     @property
     def failures(self):
         """How many rounds have failed so far."""
-        return LIBRARY.GluonSyncBNBarrierFailures(self._handle)
+        return LIBRARY.GluonSyncBNBarrierFailures(self._handle, None, 0)
 
-    def members_differ(self, keys, num_devices):
-        """Whether any of these keys is set to another number of devices."""
-        strings, count = _strings(keys)
-        return (
-            check(
-                LIBRARY.GluonSyncBNBarrierSetMembers(self._handle, strings, count, num_devices, 1)
-            )
-            > 0
-        )
+    def failures_of(self, keys):
+        """How many rounds of these keys have failed so far."""
+        return LIBRARY.GluonSyncBNBarrierFailures(self._handle, *_strings(keys))
 
-    def set_members(self, keys, num_devices):
-        """Let ``num_devices`` devices come to these keys, whatever the operators say."""
-        strings, count = _strings(keys)
-        check(LIBRARY.GluonSyncBNBarrierSetMembers(self._handle, strings, count, num_devices, 0))
+    def new_pass(self):
+        """The number of a pass that begins; see ``src/operator/key_barrier.h``."""
+        return LIBRARY.GluonSyncBNBarrierNewPass(self._handle)
 
-    def abort(self, keys, why):
-        """Fail all rounds of these keys, and every arrival until ``resume``; "" is every key."""
-        strings, count = _strings(keys)
-        check(LIBRARY.GluonSyncBNBarrierAbort(self._handle, strings, count, why.encode()))
-
-    def resume(self, keys):
-        """Take ``abort`` back."""
-        strings, count = _strings(keys)
-        check(LIBRARY.GluonSyncBNBarrierResume(self._handle, strings, count))
+    def abort(self, passes, why):
+        """Fail everything that waits in these passes, and all that comes later in them."""
+        numbers = (ctypes.c_ulonglong * len(passes))(*passes)
+        check(LIBRARY.GluonSyncBNBarrierAbort(self._handle, numbers, len(passes), why.encode()))
 
     def close(self, why):
         """Fail all rounds and every later arrival."""

@@ -7,12 +7,12 @@ from mxnet.context import num_gpus
 from mxnet.gluon import Block
 
 from . import device_threads, random_state
-from .exchanges import blocks_of, edits, exchanges_of, forget_traces
-from .first_call import FirstCall
+from .exchanges import adopt_graphs, exchanges_of, last_edit
 from .key_barrier import BARRIER
 from .keyword_arguments import call
 from .library import LIBRARY, check
-from .shares import arrays_in, check_contexts, split
+from .passes import Pass, check_num_devices, remember, running
+from .shares import check_contexts, split
 
 
 class ModelDataParallel:
@@ -37,15 +37,17 @@ class ModelDataParallel:
     gradients zero, so that ``trainer.step`` does what one device with the whole batch would do.
     (A ``KeyBarrierSum`` of your own in the network expects its ``num_devices`` all the same.)
 
-    The first call in training and the first in inference run the network once more, on one device
-    alone, to initialize and trace it; initial weights are drawn from the caller's random state.
+    All layers of ours that run in a call are synchronized in it, also those that Gluon does not
+    know of, in a Python list or a closure.  What Gluon does once, initializing deferred parameters
+    and tracing hybridized blocks, is done in the calling thread, whenever it comes up: initial
+    weights are drawn from its random state.
 
-    The network's own calls, without this object, still meet as many devices in training as the
-    last call through this object had.  To go on with one device, call
-    ``ModelDataParallel(net, [context])``.
+    Several threads may call one model, or several models over one network, at the same time.  The
+    network must not wait for all of MXNet in its ``forward`` (``mx.nd.waitall()``): it would wait
+    for the other devices, which wait for it, up to the deadline.  To wait for an array is fine.
 
     An exchange or another operator that failed raises when its result is read, or else at the next
-    call that has to wait for it; the call after that works.
+    call of this model, or at the next ``mx.nd.waitall()`` of anybody; the call after that works.
 
     Raises
     ------
@@ -97,12 +99,7 @@ class ModelDataParallel:
                 "unset MXNET_ENGINE_TYPE, or use one device"
             )
         random_state.begin()
-        self._first_call = FirstCall(net, self._call)
-        self._mode = None
-        self._outputs = []  # of the last call, where the next one has to wait for them
-        self._failures = BARRIER.failures
-        self._edits = 0
-        self._exchanges()
+        self._read_exchanges()
 
     def __getattr__(self, name):
         if name == "net":  # not set yet: copying or unpickling
@@ -114,87 +111,54 @@ class ModelDataParallel:
 
     def __call__(self, *args, **kwargs):
         shares = split(self.ctx_list, args, kwargs)
+        if self._edit != last_edit():  # a part of the network may have been converted since
+            self._read_exchanges()
         self._raise_failures()
-        exchanges = self._exchanges()
-        if self._edits != edits():  # a part of the network may have been converted since
-            forget_traces(self.net)
-            self._edits = edits()
-        if len(self.ctx_list) > 1:
-            self._first_call.prepare(shares[0], self.ctx_list)
-        keys = [e.key for e in exchanges]
-        self._enter_mode(keys, len(shares))
-        self._keep_order()
-        outputs = self._run(shares, keys)
-        if autograd.is_training() and len(shares) > 1 and _has_static_shape(self.net):
-            self._outputs = list(arrays_in(outputs))
-        if len(shares) < len(self.ctx_list):
-            self._stand_in([share.context for share in shares], exchanges)
+        present = [share.context for share in shares]
+        a_pass = Pass(self.net, present, [c for c in self.ctx_list if c not in present])
+        outputs = self._run(shares, a_pass)
+        if a_pass.absent:
+            self._stand_in(a_pass)
+        if autograd.is_recording():
+            remember(a_pass)
+        a_pass.close()
         return outputs
 
-    def _enter_mode(self, keys, num_devices):
-        """Switch between training and inference, or to another number of devices.
+    def _run(self, shares, a_pass):
+        if len(self.ctx_list) == 1:
+            with shares[0].context, running(a_pass):
+                return [self._call(shares[0])]
+        tasks = [(share.context, lambda share=share: self._call(share)) for share in shares]
+        return device_threads.run(tasks, a_pass)
 
-        What is under way is let run out first: its rounds expect as many devices as before, and a
-        graph with ``static_shape`` has one flag for all its runs that says whether it trains.
-        """
-        mode = autograd.is_training(), num_devices
-        if mode == self._mode and not BARRIER.members_differ(keys, num_devices):
-            return
-        device_threads.settle()
-        BARRIER.set_members(keys, num_devices)
-        self._mode = mode
-
-    def _keep_order(self):
-        """Let the forward pass before this one finish, where the engine would not keep the order.
-
-        A graph with ``static_shape`` does not tell the engine that it writes statistics, so on one
-        device the next pass could overtake it in some layer, and meet the others' earlier pass.
-        """
-        outputs, self._outputs = self._outputs, []
-        for output in outputs:
-            output.wait_to_read()
-
-    def _stand_in(self, present, exchanges):
-        """Do for the devices without input what the others did for themselves."""
-        absent = [c for c in self.ctx_list if c not in present]
+    def _stand_in(self, a_pass):
+        """Copy statistics to the devices without input, and make their gradients zero."""
         recording = autograd.set_recording(False)
         try:
             if autograd.is_training():
-                # A graph with static_shape does not tell the engine that it writes statistics, so
-                # the engine would not make the copies wait for it.
-                device_threads.settle()
-                _copy_statistics(exchanges, present[0], absent)
+                a_pass.stand_in()
             if recording:
-                _zero_gradients(self.net, absent)
+                a_pass.zero_absent_gradients()
         finally:
             autograd.set_recording(recording)
-
-    def _run(self, shares, keys):
-        if len(self.ctx_list) == 1:
-            with shares[0].context:
-                return [self._call(shares[0])]
-        tasks = [(share.context, lambda share=share: self._call(share)) for share in shares]
-        return device_threads.run(tasks, keys)
 
     def _call(self, share):
         return call(self.net, share.args, share.kwargs)
 
-    def _exchanges(self):
+    def _read_exchanges(self):
+        adopt_graphs(self.net)
         exchanges = exchanges_of(self.net)
         for e in exchanges:
-            if e.num_devices not in (None, len(self.ctx_list)):
-                raise ValueError(
-                    f"{e.name} has num_devices={e.num_devices}, but ctx_list has "
-                    f"{len(self.ctx_list)} devices; give it num_devices=None or "
-                    f"{len(self.ctx_list)} (a converted network: revert_batchnorm, then convert it "
-                    "anew)"
-                )
-        return exchanges
+            check_num_devices(e, len(self.ctx_list))
+        self._keys = [e.key for e in exchanges]
+        self._failures = BARRIER.failures_of(self._keys)
+        self._edit = last_edit()
 
     def _raise_failures(self):
         """After a failed exchange: what nobody has read of it must neither be lost nor linger."""
-        if BARRIER.failures != self._failures:
-            self._failures = BARRIER.failures
+        failures = BARRIER.failures_of(self._keys)
+        if failures != self._failures:
+            self._failures = failures
             device_threads.settle()
 
 
@@ -209,25 +173,3 @@ def _need_gpus(contexts):
     missing = [str(c) for c in contexts if c.device_id >= there]
     if missing:
         raise ValueError(f"ctx_list has {', '.join(missing)}, but {there} GPUs are visible")
-
-
-def _has_static_shape(net):
-    return any(dict(getattr(block, "_flags", ())).get("static_shape") for block in blocks_of(net))
-
-
-def _copy_statistics(exchanges, source, absent):
-    for exchange in exchanges:
-        for parameter in exchange.statistics:
-            for context in absent:
-                parameter.data(source).copyto(parameter.data(context))
-
-
-def _zero_gradients(net, absent):
-    for parameter in net.collect_params().values():
-        if parameter.grad_req == "null" or not parameter._data:  # the network does not use it
-            continue
-        for context in absent:
-            if parameter.grad_req == "write":
-                parameter.grad(context)[:] = 0
-            # What Trainer looks at to tell a gradient of this step from an old one.
-            parameter.data(context)._fresh_grad = True

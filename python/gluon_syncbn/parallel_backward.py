@@ -2,7 +2,8 @@
 
 from mxnet import autograd
 
-from . import device_threads
+from . import device_threads, passes
+from .key_barrier import BARRIER
 from .shares import arrays_in
 
 
@@ -55,8 +56,35 @@ def parallel_backward(losses, head_grads=None, retain_graph=False, train_mode=Tr
             list(head), None if head_grads is None else list(grad), retain_graph, train_mode
         )
 
+    recorded = passes.remembered()
+
+    def fail(why):  # which of its passes these losses are of cannot be known
+        BARRIER.abort([p.id for p in recorded], why)
+
     tasks = [(c, lambda pairs=pairs: backward(pairs)) for c, pairs in by_device.items()]
     if len(tasks) == 1:
         backward(by_device[tasks[0][0]])
     else:
-        device_threads.run(tasks, [""])
+        device_threads.run(tasks, fail=fail)
+    _zero_gradients_again(recorded, {device: len(pairs) for device, pairs in by_device.items()})
+
+
+def _zero_gradients_again(recorded, losses):
+    """What a pass with fewer inputs left zero, an earlier pass's backward may have written since.
+
+    Parameters
+    ----------
+    recorded : list of Pass
+    losses : dict of Context to int
+        How many losses have run backward on each device.
+    """
+    for a_pass in recorded:
+        if not a_pass.absent:
+            continue
+        if losses.keys() == set(a_pass.present):
+            a_pass.zero_absent_gradients()
+            passes.forget(a_pass)
+        elif all(
+            losses.get(c, 0) > losses.get(d, 0) for c in a_pass.present for d in a_pass.absent
+        ):
+            passes.forget(a_pass)  # its losses ran backward with those of a pass on all devices

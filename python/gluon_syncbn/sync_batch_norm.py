@@ -10,6 +10,7 @@ from mxnet.gluon import nn
 from mxnet.ndarray import NDArray
 
 from .numpy_arrays import either_kind
+from .passes import Exchange, begin
 from .traced_calls import next_call
 
 # No two layers of a process ever meet under one key, not even one after the other.
@@ -50,8 +51,7 @@ class SyncBatchNorm(nn.BatchNorm):
         Number of channels.  0: taken from the first input.
     num_devices : int or None, default None
         How many devices take part.  None: what :class:`ModelDataParallel` says; outside of one,
-        the number of visible GPUs, or 1.  (A network that has been called through a
-        ModelDataParallel keeps to what that said.)
+        the number of visible GPUs, or 1, with a warning if the layer is on several devices.
     momentum : float or None, default 0.9
         How much the moving statistics keep: ``moving = moving * momentum + batch * (1 -
         momentum)``.  None: they are the average over all batches so far, as in PyTorch; the layer
@@ -212,6 +212,12 @@ default 'zeros' and 'ones'
                 _keys[self] = name if count == 1 else f"{name}#{count}"
             return _keys[self]
 
+    @property
+    def exchange(self):
+        """What the layer takes part in; see ``passes.py``."""
+        alone = self.num_devices == 1 or self._kwargs["use_global_stats"]
+        return Exchange(self.name, self.key, self.num_devices, self.statistics, alone)
+
     @either_kind
     def hybrid_forward(
         self, F, x, gamma, beta, running_mean, running_var, num_batches_tracked=None
@@ -236,6 +242,8 @@ default 'zeros' and 'ones'
                 name="fwd",
                 **options,
             )
+        if isinstance(x, NDArray):
+            begin([self.exchange], x.context)
         handed, local, coefficients = F._internal._syncbn_moments(
             x, axis=options["axis"], name="moments", **of_the_batch
         )

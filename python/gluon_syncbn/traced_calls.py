@@ -10,8 +10,10 @@ import inspect
 import threading
 from collections import Counter
 
-from mxnet import symbol
+from mxnet import ndarray, symbol
 from mxnet.gluon.block import _BlockScope
+
+from .passes import ordered_calls
 
 _lock = threading.Lock()
 _uses = Counter()  # of a key
@@ -41,6 +43,16 @@ def _numbered(function):
     return key_barrier_sum
 
 
-def number_calls():
-    """Make ``mx.sym.contrib.KeyBarrierSum`` number its uses; at import, once."""
+def _ordered(function):
+    @functools.wraps(function)
+    def key_barrier_sum(*args, **kwargs):
+        with ordered_calls():
+            return function(*args, **kwargs)
+
+    return key_barrier_sum
+
+
+def install():
+    """Let KeyBarrierSum number its uses in symbols, and keep its calls in order; once."""
     symbol.contrib.KeyBarrierSum = _numbered(symbol.contrib.KeyBarrierSum)
+    ndarray.contrib.KeyBarrierSum = _ordered(ndarray.contrib.KeyBarrierSum)

@@ -111,17 +111,16 @@ void KeyBarrier::Advance(Ended* ended) {
 // The lock is held.
 void KeyBarrier::Join(Present present, Ended* ended) {
   Arrival& arrival = present.arrival;
-  const auto aborted = aborted_.find(aborted_.count("") != 0 ? "" : arrival.key);
+  const auto aborted = aborted_.find(arrival.pass);
   if (!closed_.empty() || aborted != aborted_.end()) {
     Round refused{0, arrival.num_devices, Clock::now(), {}};
+    CountFailure(arrival.key);
     refused.present.push_back(std::move(present));
-    ++failures_;
     ended->failed.push_back({std::move(refused), closed_.empty() ? aborted->second : closed_});
     return;
   }
-  const int members = arrival.lane == 0 ? MembersOf(arrival.key) : 0;
-  if (members > 0) arrival.num_devices = members;
   const Lane lane{arrival.key, arrival.call, arrival.lane};
+  const std::string& lane_key = std::get<0>(lane);
   auto& rounds = open_[lane];
   auto round = std::find_if(rounds.begin(), rounds.end(), [&](const Round& r) {
     return std::none_of(r.present.begin(), r.present.end(), [&](const Present& p) {
@@ -129,7 +128,7 @@ void KeyBarrier::Join(Present present, Ended* ended) {
     });
   });
   if (round == rounds.end()) {
-    rounds.push_back({next_round_++, arrival.num_devices, Clock::now(), {}});
+    rounds.push_back({next_number_++, arrival.num_devices, Clock::now(), {}});
     round = std::prev(rounds.end());
   }
   const std::string contradiction =
@@ -139,8 +138,8 @@ void KeyBarrier::Join(Present present, Ended* ended) {
   round->present.push_back(std::move(present));
   if (!contradiction.empty()) {
     std::string error = Describe(round->present.front().arrival) + contradiction + ".";
+    CountFailure(lane_key);
     ended->failed.push_back({std::move(*round), std::move(error)});
-    ++failures_;
     rounds.erase(round);
   } else if (static_cast<int>(round->present.size()) >= round->num_devices) {
     ended->complete.push_back(std::move(*round));
@@ -181,20 +180,20 @@ void KeyBarrier::Fail(std::vector<FailedRound> failed, std::chrono::milliseconds
     for (auto& p : f.round.present) {
       if (!first) std::this_thread::sleep_for(pause);
       first = false;
-      p.done(Outcome{nullptr, 0, 0, f.error});
+      p.done(Outcome{nullptr, 0, 0, f.error, f.expired, f.shared_origin});
     }
   }
 }
 
 std::string KeyBarrier::Describe(const Arrival& first) {
   std::ostringstream os;
-  os << "KeyBarrierSum: the " << (first.lane == 0 ? "forward" : "backward") << " exchange of key '"
+  os << "KeyBarrierSum: the " << (first.backward ? "backward" : "forward") << " exchange of key '"
      << first.key << "' failed: ";
   return os.str();
 }
 
-// Takes what the predicate(key, since) picks out of the books: open rounds, and arrivals that wait
-// for their turn.  The lock is held.
+// Takes what the predicate(arrival, since) picks out of the books: open rounds, and arrivals that
+// wait for their turn.  The lock is held.
 template <typename Predicate>
 std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
                                                             const std::string& why) {
@@ -202,15 +201,15 @@ std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
   for (auto lane = open_.begin(); lane != open_.end();) {
     auto& rounds = lane->second;
     for (auto round = rounds.begin(); round != rounds.end();) {
-      if (predicate(round->present.front().arrival.key, round->opened)) {
+      if (predicate(round->present.front().arrival, round->opened)) {
         SortByParticipant(&round->present);
         std::ostringstream os;
         os << Describe(round->present.front().arrival) << why << " Arrived:";
         for (const auto& p : round->present) os << ' ' << p.arrival.name;
         os << "; missing: " << round->num_devices - static_cast<int>(round->present.size())
            << " of " << round->num_devices << ".";
+        CountFailure(round->present.front().arrival.key);
         taken.push_back({std::move(*round), os.str()});
-        ++failures_;
         round = rounds.erase(round);
       } else {
         ++round;
@@ -219,7 +218,7 @@ std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
     lane = rounds.empty() ? open_.erase(lane) : std::next(lane);
   }
   for (auto waiting = waiting_.begin(); waiting != waiting_.end();) {
-    if (!predicate(waiting->present.arrival.key, waiting->since)) {
+    if (!predicate(waiting->present.arrival, waiting->since)) {
       ++waiting;
       continue;
     }
@@ -230,50 +229,86 @@ std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
     DropTurn({arrival.key, arrival.call, arrival.participant}, arrival.turn);
     Round round{0, waiting->present.arrival.num_devices, waiting->since, {}};
     round.present.push_back(std::move(waiting->present));
+    CountFailure(round.present.front().arrival.key);
     taken.push_back({std::move(round), error});
-    ++failures_;
     waiting = waiting_.erase(waiting);
   }
   return taken;
 }
 
-void KeyBarrier::SetMembers(const std::string& key, int num_devices) {
+std::uint64_t KeyBarrier::NewPass() {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (num_devices > 0) {
-    members_[key] = num_devices;
-  } else {
-    members_.erase(key);
-  }
+  return next_number_++;
 }
 
-int KeyBarrier::Members(const std::string& key) const {
+bool KeyBarrier::Announce(const std::vector<std::string>& keys, std::uint64_t participant,
+                          const Pass& pass) {
   std::lock_guard<std::mutex> lock(mutex_);
-  return MembersOf(key);
+  bool told = pass.id != 0;
+  for (const auto& key : keys) {
+    auto& announced = notes_[key].announced;
+    if (pass.id != 0) {
+      announced.insert(participant);
+    } else if (announced.erase(participant) != 0) {
+      told = true;
+    }
+  }
+  return told;
+}
+
+void KeyBarrier::SetPass(const std::string& key, std::uint64_t participant, const Pass& pass) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  notes_[key].passes[participant] = pass;
+}
+
+Pass KeyBarrier::PassOf(const std::string& key, std::uint64_t participant) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto notes = notes_.find(key);
+  if (notes == notes_.end()) return {};
+  const auto pass = notes->second.passes.find(participant);
+  return pass == notes->second.passes.end() ? Pass() : pass->second;
+}
+
+void KeyBarrier::Abort(const std::vector<std::uint64_t>& passes, const std::string& why) {
+  constexpr std::size_t kRemembered = 4096;  // a pass that ended so long ago sends nothing any more
+  std::vector<FailedRound> failed;
+  Ended ended;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto pass : passes) {
+      if (pass != 0) aborted_[pass] = why;
+    }
+    while (aborted_.size() > kRemembered) aborted_.erase(aborted_.begin());
+    failed = TakeRounds([&](const Arrival& arrival,
+                            Clock::time_point) { return aborted_.count(arrival.pass) != 0; },
+                        why);
+    Advance(&ended);  // who waited for the turn of what has just failed
+  }
+  Fail(std::move(failed), std::chrono::milliseconds(10));
+  Tell(std::move(ended));
+}
+
+void KeyBarrier::NoteOrigin(const std::string& key, std::uint64_t participant,
+                            std::uint64_t origin) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  notes_[key].origins[participant] = origin;
 }
 
 // The lock is held.
-int KeyBarrier::MembersOf(const std::string& key) const {
-  auto members = members_.find("");
-  if (members == members_.end()) members = members_.find(key);
-  return members == members_.end() ? 0 : members->second;
-}
-
-void KeyBarrier::Abort(const std::vector<std::string>& keys, const std::string& why) {
-  std::vector<FailedRound> failed;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (const auto& key : keys) aborted_[key] = why;
-    const bool all = aborted_.count("") != 0;
-    failed = TakeRounds(
-        [&](const std::string& key, Clock::time_point) { return all || aborted_.count(key) != 0; },
-        why);
+bool KeyBarrier::SharesOrigin(const std::string& key) const {
+  const auto notes = notes_.find(key);
+  if (notes == notes_.end()) return false;
+  std::set<std::uint64_t> seen;
+  for (const auto& participant_and_origin : notes->second.origins) {
+    if (!seen.insert(participant_and_origin.second).second) return true;
   }
-  Fail(std::move(failed), std::chrono::milliseconds(10));
+  return false;
 }
 
-void KeyBarrier::Resume(const std::vector<std::string>& keys) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  for (const auto& key : keys) aborted_.erase(key);
+// The lock is held.
+void KeyBarrier::CountFailure(const std::string& key) {
+  ++failures_;
+  ++notes_[key].failures;
 }
 
 void KeyBarrier::Close(const std::string& why) {
@@ -281,7 +316,7 @@ void KeyBarrier::Close(const std::string& why) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (closed_.empty()) closed_ = why;
-    failed = TakeRounds([](const std::string&, Clock::time_point) { return true; }, why + ".");
+    failed = TakeRounds([](const Arrival&, Clock::time_point) { return true; }, why + ".");
   }
   Fail(std::move(failed), std::chrono::milliseconds(10));
 }
@@ -300,9 +335,11 @@ double KeyBarrier::Timeout() const {
   return std::chrono::duration<double>(timeout_).count();
 }
 
-std::uint64_t KeyBarrier::Failures() const {
+std::uint64_t KeyBarrier::Failures(const std::string& key) const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return failures_;
+  if (key.empty()) return failures_;
+  const auto notes = notes_.find(key);
+  return notes == notes_.end() ? 0 : notes->second.failures;
 }
 
 // Deadlines come in the order in which rounds open, so a thread that already looks at some time
@@ -331,15 +368,14 @@ void KeyBarrier::Watch() {
     const Clock::time_point now = Clock::now();
     std::ostringstream why;
     why << "not every device came within " << std::chrono::duration<double>(timeout_).count()
-        << " s. A network that was trained through ModelDataParallel waits for all its devices "
-           "when it is called by itself: call it through ModelDataParallel(net, [context]). "
-           "Otherwise "
-           "check that every device runs this layer equally often in every step and that "
-           "num_devices is the number of devices that do. A longer deadline: GLUON_SYNCBN_TIMEOUT "
-           "or gluon_syncbn.set_timeout.";
-    std::vector<FailedRound> failed = TakeRounds(
-        [&](const std::string&, Clock::time_point since) { return now - since >= timeout_; },
-        why.str());
+        << " s.";
+    std::vector<FailedRound> failed =
+        TakeRounds([&](const Arrival&, Clock::time_point since) { return now - since >= timeout_; },
+                   why.str());
+    for (auto& f : failed) {
+      f.expired = true;
+      f.shared_origin = SharesOrigin(f.round.present.front().arrival.key);
+    }
     Ended ended;
     Advance(&ended);  // who waited for the turn of what has just failed
     next_look_ = now + timeout_;

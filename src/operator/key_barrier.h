@@ -27,10 +27,12 @@ struct Arrival {
   std::string key;
   // A key that is used in several places tells them apart by this number.
   int call = 0;
-  // Arrivals meet within a lane of their key and call.  Lane 0 is the forward exchange; the
-  // backward exchange of a round uses the round's own number, so that it meets its own round's
-  // participants in whatever order the devices run backward.
+  // Arrivals meet within a lane of their key and call.  A forward exchange uses the number of its
+  // pass, or 0 outside of one; the backward exchange of a round uses the round's own number, so
+  // that it meets its own round's participants in whatever order the devices run backward.
   std::uint64_t lane = 0;
+  bool backward = false;
+  std::uint64_t pass = 0;  // what Abort names; 0 outside of a pass
   std::uint64_t participant = 0;
   std::string kind;  // only participants of one kind meet; "" for none in particular
   std::string name;
@@ -46,7 +48,17 @@ struct Outcome {
   const std::vector<double>* total = nullptr;  // null when the round failed; valid during the call
   std::uint64_t round = 0;                     // never 0 for a round that succeeded
   int num_devices = 0;                         // how many took part
-  std::string error;                           // says what failed and what to do
+  std::string error;                           // says what failed
+  bool expired = false;                        // it failed because not all came in time
+  // Then also: one origin stands behind several participants of the key (see NoteOrigin).
+  bool shared_origin = false;
+};
+
+// A pass is one run of a program, forward and backward, on several participants, which meet each
+// other in it and nobody else.
+struct Pass {
+  std::uint64_t id = 0;  // from NewPass; 0: none
+  int expected = 0;      // how many participants take part
 };
 
 // Called exactly once per arrival, from the thread of the last arrival, from the thread of
@@ -73,22 +85,28 @@ class KeyBarrier {
   // Gives a turn back that no arrival will use.
   void Release(const std::string& key, int call, std::uint64_t participant, std::uint64_t turn);
 
-  // How many devices come to the forward rounds of this key (the key "" stands for all), whatever
-  // the arrivals say; 0 lets the arrivals decide again.  Open rounds keep their own number.
-  void SetMembers(const std::string& key, int num_devices);
-  int Members(const std::string& key) const;
+  // A number that no other pass or round has.
+  std::uint64_t NewPass();
+  // Notes which pass was last announced for a participant; says whether any of these keys is to be
+  // told: always in a pass, and outside (id 0) where a pass was announced before.
+  bool Announce(const std::vector<std::string>& keys, std::uint64_t participant, const Pass& pass);
+  // Which pass a participant's next forward arrivals under this key belong to.
+  void SetPass(const std::string& key, std::uint64_t participant, const Pass& pass);
+  Pass PassOf(const std::string& key, std::uint64_t participant) const;
+  // Fails what is open in these passes, and every later arrival in them.
+  void Abort(const std::vector<std::uint64_t>& passes, const std::string& why);
 
-  // Fails the open rounds of these keys (the key "" stands for all), and every arrival under them
-  // until Resume.
-  void Abort(const std::vector<std::string>& keys, const std::string& why);
-  void Resume(const std::vector<std::string>& keys);
+  // Who sends a participant's arrivals, as a number without further meaning: participants that
+  // share an origin may be unable to come at the same time, which Outcome tells when they did not.
+  void NoteOrigin(const std::string& key, std::uint64_t participant, std::uint64_t origin);
+
   // Fails every open round and every later arrival: the process is going away.
   void Close(const std::string& why);
 
   void SetTimeout(double seconds);
   double Timeout() const;
-  // Rounds that have failed so far.
-  std::uint64_t Failures() const;
+  // How many rounds of this key (the key "" stands for all) have failed so far.
+  std::uint64_t Failures(const std::string& key) const;
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -110,6 +128,15 @@ class KeyBarrier {
   struct FailedRound {
     Round round;
     std::string error;
+    bool expired = false;
+    bool shared_origin = false;
+  };
+  // What is known of a key beyond its rounds.
+  struct KeyNotes {
+    std::map<std::uint64_t, Pass> passes;            // by participant
+    std::set<std::uint64_t> announced;               // participants last announced in a pass
+    std::map<std::uint64_t, std::uint64_t> origins;  // by participant
+    std::uint64_t failures = 0;
   };
   using Lane = std::tuple<std::string, int, std::uint64_t>;   // key, call, lane
   using Queue = std::tuple<std::string, int, std::uint64_t>;  // key, call, participant
@@ -128,7 +155,8 @@ class KeyBarrier {
   static void Complete(Round round);
   // `pause`: see the definition.
   static void Fail(std::vector<FailedRound> failed, std::chrono::milliseconds pause);
-  int MembersOf(const std::string& key) const;
+  void CountFailure(const std::string& key);
+  bool SharesOrigin(const std::string& key) const;
   static std::string Describe(const Arrival& first);
   template <typename Predicate>
   std::vector<FailedRound> TakeRounds(Predicate predicate, const std::string& why);
@@ -140,10 +168,10 @@ class KeyBarrier {
   std::map<Queue, std::set<std::uint64_t>> turns_;  // reserved and not yet used
   std::vector<Waiting> waiting_;                    // for their turn
   std::uint64_t next_turn_ = 1;
-  std::map<std::string, int> members_;
-  std::map<std::string, std::string> aborted_;  // key -> why
-  std::string closed_;                          // why; empty while open
-  std::uint64_t next_round_ = 1;
+  std::map<std::string, KeyNotes> notes_;
+  std::map<std::uint64_t, std::string> aborted_;  // pass -> why; the latest ones
+  std::string closed_;                            // why; empty while open
+  std::uint64_t next_number_ = 1;                 // of rounds and passes
   std::uint64_t failures_ = 0;
   Clock::duration timeout_;
 

@@ -8,6 +8,7 @@
 // it.
 #include <algorithm>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <sstream>
 #include <string>
@@ -20,6 +21,7 @@
 #include "operator_device.h"
 #include "operator_property.h"
 #include "operator_util.h"
+#include "passes.h"
 #include "process_barrier.h"
 
 namespace gluon_syncbn {
@@ -53,16 +55,25 @@ std::string ContextName(const mxnet::Context& context) {
   return os.str();
 }
 
-// CPUs before GPUs, then by number: the order of the sum.
-std::uint64_t Participant(const mxnet::Context& context) {
-  return (static_cast<std::uint64_t>(context.dev_mask()) << 32) |
-         static_cast<std::uint32_t>(context.dev_id);
+int NumDevices(const KeyBarrierSumParam& param) {
+  return param.num_devices > 0 ? param.num_devices : std::max(VisibleGpus(), 1);
 }
 
-int NumDevices(const KeyBarrierSumParam& param) {
-  const int members = ProcessBarrier()->Members(param.key);
-  if (members > 0) return members;
-  return param.num_devices > 0 ? param.num_devices : std::max(VisibleGpus(), 1);
+// What the program is told of a round that failed: the cause, where it is known, comes first.
+std::string Explain(const Outcome& outcome, const std::string& kind) {
+  if (!outcome.expired) return outcome.error;
+  const std::string checks =
+      "that every device runs this layer equally often in every step and that num_devices is the "
+      "number of devices that do. A longer deadline: GLUON_SYNCBN_TIMEOUT or "
+      "gluon_syncbn.set_timeout.";
+  if (!outcome.shared_origin || kind != "cpu") return outcome.error + " Check " + checks;
+  return "One thread ran several CPU devices that wait for each other, which can last for ever: "
+         "MXNet's CPU contexts share temporary space within a thread. Call the network through "
+         "ModelDataParallel and take gradients with parallel_backward, which have a thread for "
+         "each "
+         "device (or start with MXNET_CPU_TEMP_COPY=1000 in the environment, which costs "
+         "memory). " +
+         outcome.error + " If that is not the cause, check " + checks;
 }
 
 // NaiveEngine runs everything in the thread that pushes it, and aborts the process when an operator
@@ -83,9 +94,15 @@ class KeyBarrierSumOp : public mxnet::Operator {
         name_(ContextName(context)),
         only_counted_(only_counted) {
     NeedDevice(context);
-    // Created where the program calls it, run when its input is ready: the turn keeps the order of
-    // the program.  A layer's calls are kept in order by the engine, see SyncBNSumProperty.
-    if (!only_counted_) turn_ = barrier_->Reserve(param_.key, param_.call, participant_);
+    const std::hash<std::thread::id> number;
+    barrier_->NoteOrigin(param_.key, participant_, number(std::this_thread::get_id()));
+    // Made where the program calls it, run when its input is ready: the turn keeps the order of
+    // the program.  An executor is bound long before it runs, if ever, so it takes no turn, and a
+    // layer's calls are kept in order by the engine, see SyncBNSumProperty.
+    const CallScope& call = CurrentCall();
+    if (only_counted_ || !call.active) return;
+    pass_ = call.pass;
+    turn_ = barrier_->Reserve(param_.key, param_.call, participant_);
   }
   ~KeyBarrierSumOp() override {
     if (turn_ != 0) barrier_->Release(param_.key, param_.call, participant_, turn_);
@@ -111,7 +128,8 @@ class KeyBarrierSumOp : public mxnet::Operator {
     const bool gpu = OnGpu(ctx.run_ctx.ctx), training = ctx.is_train;
     if (gpu && NaiveEngine())
       Raise("On a GPU, gluon_syncbn needs MXNet's threads; ", kUnsetNaive, ".");
-    const int num_devices = forward ? NumDevices(param_) : round_devices_;
+    if (forward) BeginForward();
+    const int num_devices = round_devices_;
     const auto call = std::make_shared<AsynchronousCall>(ctx, req, to);
     if (gpu) call->NeedWorker();
     ReadValues(ctx.run_ctx.ctx, from, [=](std::vector<double> values, const std::string& error) {
@@ -120,7 +138,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
       if (forward) exchanged_ = (training || !only_counted_) && IsExchanged(values, num_devices);
       if (!exchanged_) return gpu ? call->Succeed(std::move(values)) : call->SucceedNow(values);
       if (forward) {
-        ArriveForward(std::move(values), num_devices, call);
+        ArriveForward(std::move(values), call);
       } else {
         ArriveBackward(std::move(values), call);
       }
@@ -128,6 +146,17 @@ class KeyBarrierSumOp : public mxnet::Operator {
     static const int cores = static_cast<int>(std::thread::hardware_concurrency());
     call->Leave(!gpu && num_devices <= cores);  // with more, the others need this core
     // `this` may be gone now.
+  }
+
+  void BeginForward() {
+    round_devices_ = NumDevices(param_);
+    if (!only_counted_) {
+      if (turn_ == 0) pass_ = 0;  // made in an earlier pass: a graph with static_shape
+      return;
+    }
+    const Pass pass = barrier_->PassOf(param_.key, participant_);
+    pass_ = pass.id;
+    if (pass.id != 0) round_devices_ = pass.expected;
   }
 
   bool IsExchanged(const std::vector<double>& values, int num_devices) const {
@@ -138,27 +167,42 @@ class KeyBarrierSumOp : public mxnet::Operator {
           kUnsetNaive, ", or use num_devices=1.");
   }
 
-  void ArriveForward(std::vector<double> values, int num_devices,
-                     const std::shared_ptr<AsynchronousCall>& call) {
-    const std::uint64_t turn = turn_;
+  Arrival NewArrival(std::vector<double> values) const {
+    Arrival arrival;
+    arrival.key = param_.key;
+    arrival.call = param_.call;
+    arrival.pass = pass_;
+    arrival.participant = participant_;
+    arrival.kind = kind_;
+    arrival.name = name_;
+    arrival.num_devices = round_devices_;
+    arrival.values = std::move(values);
+    return arrival;
+  }
+
+  void ArriveForward(std::vector<double> values, const std::shared_ptr<AsynchronousCall>& call) {
+    Arrival arrival = NewArrival(std::move(values));
+    // A bare KeyBarrierSum may have been made in a pass on one device and before it on another.
+    arrival.lane = only_counted_ ? pass_ : 0;
+    arrival.turn = turn_;
     turn_ = 0;
-    barrier_->Arrive({param_.key, param_.call, 0, participant_, kind_, name_, num_devices,
-                      std::move(values), turn},
-                     [this, call](const Outcome& outcome) {
-                       round_ = outcome.round;
-                       round_devices_ = outcome.num_devices;
-                       Finish(call, outcome);
-                     });
+    barrier_->Arrive(std::move(arrival), [this, call](const Outcome& outcome) {
+      round_ = outcome.round;
+      round_devices_ = outcome.num_devices;
+      Finish(call, outcome);
+    });
   }
 
   void ArriveBackward(std::vector<double> values, const std::shared_ptr<AsynchronousCall>& call) {
-    barrier_->Arrive({param_.key, param_.call, round_, participant_, kind_, name_, round_devices_,
-                      std::move(values), 0},
-                     [call](const Outcome& outcome) { Finish(call, outcome); });
+    Arrival arrival = NewArrival(std::move(values));
+    arrival.lane = round_;
+    arrival.backward = true;
+    barrier_->Arrive(std::move(arrival),
+                     [this, call](const Outcome& outcome) { Finish(call, outcome); });
   }
 
-  static void Finish(const std::shared_ptr<AsynchronousCall>& call, const Outcome& outcome) {
-    if (outcome.total == nullptr) return call->Fail(outcome.error);
+  void Finish(const std::shared_ptr<AsynchronousCall>& call, const Outcome& outcome) const {
+    if (outcome.total == nullptr) return call->Fail(Explain(outcome, kind_));
     call->Succeed(*outcome.total);
   }
 
@@ -172,6 +216,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
   // The engine never runs two calls of one operator state at a time.
   bool exchanged_ = true;
   std::uint64_t turn_ = 0;  // until the first forward has used it
+  std::uint64_t pass_ = 0;
   std::uint64_t round_ = 0;
   int round_devices_ = 0;
 };

@@ -6,10 +6,12 @@
 #include <exception>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda_library.h"
 #include "key_barrier.h"
+#include "passes.h"
 #include "process_barrier.h"
 
 #define GLUON_SYNCBN_API extern "C" __attribute__((visibility("default")))
@@ -52,6 +54,14 @@ std::vector<std::string> Strings(const char* const* strings, int count) {
   return std::vector<std::string>(strings, strings + count);
 }
 
+Arrays ToArrays(void* const* handles, int count) {
+  Arrays arrays;
+  for (int i = 0; i < count; ++i) {
+    arrays.push_back(static_cast<const mxnet::NDArray*>(handles[i]));
+  }
+  return arrays;
+}
+
 }  // namespace
 }  // namespace gluon_syncbn
 
@@ -59,6 +69,7 @@ using gluon_syncbn::Guarded;
 using gluon_syncbn::KeyBarrier;
 using gluon_syncbn::ProcessBarrier;
 using gluon_syncbn::Strings;
+using gluon_syncbn::ToArrays;
 
 GLUON_SYNCBN_API const char* GluonSyncBNLastError() { return gluon_syncbn::last_error.c_str(); }
 
@@ -90,44 +101,38 @@ GLUON_SYNCBN_API void GluonSyncBNBarrierFree(Barrier barrier) {
 using DoneCallback = void (*)(void* data, const double* total, unsigned long long round,
                               int num_devices, const char* error);
 
+// `round`: 0 for a forward exchange, or the round whose backward exchange this is.
 GLUON_SYNCBN_API int GluonSyncBNBarrierArrive(Barrier barrier, const char* key,
-                                              unsigned long long lane,
+                                              unsigned long long pass, unsigned long long round,
                                               unsigned long long participant, const char* kind,
                                               const char* name, int num_devices,
                                               const double* values, size_t count, DoneCallback done,
                                               void* data) {
   return Guarded([=] {
-    Get(barrier).Arrive(
-        {key, 0, lane, participant, kind, name, num_devices, {values, values + count}, 0},
-        [done, data](const gluon_syncbn::Outcome& outcome) {
-          done(data, outcome.total == nullptr ? nullptr : outcome.total->data(), outcome.round,
-               outcome.num_devices, outcome.error.c_str());
-        });
+    gluon_syncbn::Arrival arrival;
+    arrival.key = key;
+    arrival.lane = round != 0 ? round : pass;
+    arrival.backward = round != 0;
+    arrival.pass = pass;
+    arrival.participant = participant;
+    arrival.kind = kind;
+    arrival.name = name;
+    arrival.num_devices = num_devices;
+    arrival.values.assign(values, values + count);
+    Get(barrier).Arrive(std::move(arrival), [done, data](const gluon_syncbn::Outcome& outcome) {
+      done(data, outcome.total == nullptr ? nullptr : outcome.total->data(), outcome.round,
+           outcome.num_devices, outcome.error.c_str());
+    });
   });
 }
 
-// Sets the members of many keys; returns how many of them had another number, and changes nothing
-// when `dry_run` is not 0.  -1 on failure.
-GLUON_SYNCBN_API int GluonSyncBNBarrierSetMembers(Barrier barrier, const char* const* keys,
-                                                  int count, int num_devices, int dry_run) {
-  int changed = 0;
-  const int failed = Guarded([&] {
-    for (const auto& key : Strings(keys, count)) {
-      if (Get(barrier).Members(key) == num_devices) continue;
-      ++changed;
-      if (dry_run == 0) Get(barrier).SetMembers(key, num_devices);
-    }
-  });
-  return failed != 0 ? -1 : changed;
+GLUON_SYNCBN_API unsigned long long GluonSyncBNBarrierNewPass(Barrier barrier) {
+  return Get(barrier).NewPass();
 }
 
-GLUON_SYNCBN_API int GluonSyncBNBarrierAbort(Barrier barrier, const char* const* keys, int count,
-                                             const char* why) {
-  return Guarded([=] { Get(barrier).Abort(Strings(keys, count), why); });
-}
-
-GLUON_SYNCBN_API int GluonSyncBNBarrierResume(Barrier barrier, const char* const* keys, int count) {
-  return Guarded([=] { Get(barrier).Resume(Strings(keys, count)); });
+GLUON_SYNCBN_API int GluonSyncBNBarrierAbort(Barrier barrier, const unsigned long long* passes,
+                                             int count, const char* why) {
+  return Guarded([=] { Get(barrier).Abort({passes, passes + count}, why); });
 }
 
 GLUON_SYNCBN_API int GluonSyncBNBarrierClose(Barrier barrier, const char* why) {
@@ -142,6 +147,40 @@ GLUON_SYNCBN_API double GluonSyncBNBarrierTimeout(Barrier barrier) {
   return Get(barrier).Timeout();
 }
 
-GLUON_SYNCBN_API unsigned long long GluonSyncBNBarrierFailures(Barrier barrier) {
-  return Get(barrier).Failures();
+// How many rounds of these keys have failed; null: of all keys.
+GLUON_SYNCBN_API unsigned long long GluonSyncBNBarrierFailures(Barrier barrier,
+                                                               const char* const* keys, int count) {
+  if (keys == nullptr) return Get(barrier).Failures("");
+  unsigned long long failures = 0;
+  for (const auto& key : Strings(keys, count)) failures += Get(barrier).Failures(key);
+  return failures;
+}
+
+// The functions below are of the process's own barrier; arrays are MXNet's NDArrayHandles.
+
+// See passes.h.
+GLUON_SYNCBN_API int GluonSyncBNBeginPass(const char* const* keys, int count, void* const* order,
+                                          int arrays, unsigned long long pass, int expected) {
+  return Guarded([=] {
+    gluon_syncbn::BeginPass(Strings(keys, count), ToArrays(order, arrays), {pass, expected});
+  });
+}
+
+GLUON_SYNCBN_API int GluonSyncBNFence(void* const* read, int num_read, void* const* written,
+                                      int num_written) {
+  return Guarded(
+      [=] { gluon_syncbn::Fence(ToArrays(read, num_read), ToArrays(written, num_written)); });
+}
+
+// Operators that the calling thread makes until it leaves run in the order in which it makes them,
+// and belong to this pass (0: to none).  Returns what LeaveCall wants back.
+GLUON_SYNCBN_API unsigned long long GluonSyncBNEnterCall(unsigned long long pass) {
+  auto& call = gluon_syncbn::CurrentCall();
+  const unsigned long long before = call.active ? call.pass + 1 : 0;
+  call = {true, pass};
+  return before;
+}
+
+GLUON_SYNCBN_API void GluonSyncBNLeaveCall(unsigned long long before) {
+  gluon_syncbn::CurrentCall() = {before != 0, before != 0 ? before - 1 : 0};
 }

@@ -1,0 +1,195 @@
+"""A pass: one forward call of a network on several devices, and its backward.
+
+The devices of a pass meet each other in its exchanges, and nobody else.  While a device runs its
+part, the pass is current in its thread; layers and graphs announce it before they run
+(``begin``), so that it makes no difference who knows of them.
+"""
+
+import ctypes
+import threading
+import warnings
+import weakref
+from collections import deque, namedtuple
+from contextlib import contextmanager
+
+from mxnet import autograd
+
+from .key_barrier import BARRIER
+from .library import LIBRARY, check
+
+# `num_devices`: None is what the pass says.  `statistics`: the Parameters that a layer moves, the
+# moving mean first, or () for a bare KeyBarrierSum.  `alone`: it meets nobody.
+Exchange = namedtuple("Exchange", "name key num_devices statistics alone")
+
+_thread = threading.local()
+_warned = False
+
+
+class Pass:
+    """One forward call of a network.
+
+    Parameters
+    ----------
+    net : object
+        What is called.
+    present : list of Context
+        The devices that take part.
+    absent : list of Context
+        The network's other devices.
+    """
+
+    def __init__(self, net, present, absent=()):
+        self.id = BARRIER.new_pass()
+        self.present, self.absent = list(present), list(absent)
+        self.failure = None  # why no device should go on
+        self._net = weakref.ref(net)
+        self._begun = []
+
+    @property
+    def exchanges(self):
+        """The exchanges that have begun in it, each once."""
+        return list({e.key: e for exchanges in list(self._begun) for e in exchanges}.values())
+
+    def note(self, exchanges):
+        if self.failure:
+            raise RuntimeError(f"this device's part has been given up: {self.failure}")
+        for e in exchanges:
+            check_num_devices(e, len(self.present) + len(self.absent))
+        self._begun.append(exchanges)
+
+    def stand_in(self):
+        """Give the absent devices the statistics of the others."""
+        source = self.present[0]
+        for exchange in self.exchanges:
+            for parameter in exchange.statistics:
+                for device in self.absent:
+                    parameter.data(source).copyto(parameter.data(device))
+
+    def zero_absent_gradients(self):
+        """Make zero what the absent devices contribute to the gradients of the parameters."""
+        net = self._net()
+        for parameter in net.collect_params().values() if net is not None else ():
+            if parameter.grad_req == "null" or not parameter._data:  # the network does not use it
+                continue
+            for device in self.absent:
+                if parameter.grad_req == "write":
+                    parameter.grad(device)[:] = 0
+                # What Trainer looks at to tell a gradient of this step from an old one.
+                parameter.data(device)._fresh_grad = True
+
+    def close(self):
+        """All devices have run their forward parts."""
+        self._begun = []
+
+    def fail(self, why):
+        """Let nobody wait in this pass any more."""
+        self.failure = why
+        BARRIER.abort([self.id], why)
+
+
+def check_num_devices(exchange, num_devices):
+    """Raise ValueError if a layer was given another number of devices than there are."""
+    if exchange.num_devices not in (None, num_devices):
+        raise ValueError(
+            f"{exchange.name} has num_devices={exchange.num_devices}, but ctx_list has "
+            f"{num_devices} devices; give it num_devices=None or {num_devices} (a converted "
+            "network: revert_batchnorm, then convert it anew)"
+        )
+
+
+def current():
+    """The pass that the calling thread runs a device's part of, or None."""
+    return getattr(_thread, "current", None)
+
+
+@contextmanager
+def running(a_pass):
+    """Make a pass, or None, the current one of this thread."""
+    before, _thread.current = current(), a_pass
+    try:
+        yield
+    finally:
+        _thread.current = before
+
+
+@contextmanager
+def ordered_calls():
+    """Let the exchanges that this thread calls meet in the order of the program."""
+    a_pass = current()
+    before = LIBRARY.GluonSyncBNEnterCall(a_pass.id if a_pass else 0)
+    try:
+        yield
+    finally:
+        LIBRARY.GluonSyncBNLeaveCall(before)
+
+
+def handles(arrays):
+    """NDArrays as a C array and its length."""
+    return (ctypes.c_void_p * len(arrays))(*[a.handle for a in arrays]), len(arrays)
+
+
+def begin(exchanges, context):
+    """Announce the current pass, or that there is none, to exchanges that are about to run.
+
+    Parameters
+    ----------
+    exchanges : sequence of Exchange
+    context : Context
+        The device on which they run.
+    """
+    if not autograd.is_training():
+        return  # nothing is exchanged
+    a_pass = current()
+    if a_pass is not None:
+        a_pass.note(exchanges)
+    meeting = [e for e in exchanges if e.statistics and not e.alone and e.statistics[0]._data]
+    if not meeting:
+        return
+    if a_pass is None:
+        _warn_of_loops(meeting)
+    keys = (ctypes.c_char_p * len(meeting))(*[e.key.encode() for e in meeting])
+    means = {id(e.statistics[0]): e.statistics[0] for e in meeting}  # layers may share theirs
+    order, count = handles([mean.data(context) for mean in means.values()])
+    number, expected = (a_pass.id, len(a_pass.present)) if a_pass else (0, 0)
+    check(LIBRARY.GluonSyncBNBeginPass(keys, len(meeting), order, count, number, expected))
+
+
+def _warn_of_loops(exchanges):
+    """Warn once of a layer that is on several devices, and that nobody told how many meet."""
+    global _warned
+    if _warned:
+        return
+    for e in exchanges:
+        if e.num_devices is None and len(e.statistics[0].list_ctx()) > 1:
+            _warned = True
+            warnings.warn(
+                f"{e.name} is on {len(e.statistics[0].list_ctx())} devices and was given no "
+                "num_devices, so outside of ModelDataParallel it takes the number of visible GPUs, "
+                "or 1. Call the network through ModelDataParallel, or give the layer "
+                "num_devices.",
+                UserWarning,
+                stacklevel=3,
+            )
+            return
+
+
+def _recorded():
+    if not hasattr(_thread, "recorded"):
+        _thread.recorded = deque(maxlen=256)  # no loop has more passes on its way
+    return _thread.recorded
+
+
+def remember(a_pass):
+    """Note a pass that the calling thread has recorded."""
+    _recorded().append(a_pass)
+
+
+def remembered():
+    """The passes that the calling thread has recorded, the oldest first."""
+    return list(_recorded())
+
+
+def forget(a_pass):
+    """Forget a pass whose backward has run."""
+    if a_pass in _recorded():
+        _recorded().remove(a_pass)
