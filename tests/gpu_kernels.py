@@ -9,7 +9,7 @@ import ctypes
 
 import numpy as np
 
-from reference import batch_norm, largest_error
+from reference import batch_norm, largest_error, rows
 
 TYPES = {"float16": 0, "float32": 1, "float64": 2}
 NULL, WRITE, ADD = 0, 1, 2
@@ -49,6 +49,7 @@ NormalizeForward = structure(
     moving_var=POINTER,
     y_request=INT,
     y=POINTER,
+    batches=POINTER,
 )
 NormalizeBackward = structure(
     "NormalizeBackward",
@@ -150,9 +151,9 @@ def feature_shape(shape, axis):
 class Layer:
     """Parameters and moving statistics on a device, and one device's share of a layer's step."""
 
-    def __init__(self, kernels, dtype, shape, axis, fix_gamma=False, alone=False):
+    def __init__(self, kernels, dtype, shape, axis, fix_gamma=False, alone=False, batches=None):
         self.kernels, self.dtype, self.axis, self.alone = kernels, dtype, axis, alone
-        self.fix_gamma = fix_gamma
+        self.fix_gamma, self.momentum = fix_gamma, 0.9
         self.shape = feature_shape(shape, axis)
         self.channels = channels = shape[axis]
         self.wide = "float64" if dtype == "float64" else "float32"
@@ -165,6 +166,7 @@ class Layer:
         self.beta = self.array(self.beta_value)
         self.mean = self.array(np.full(channels, 0.5, self.wide))
         self.var = self.array(np.full(channels, 2.0, self.wide))
+        self.batches = None if batches is None else self.array(np.array([batches], self.wide))
         self.gamma_grad = self.array(np.full(channels, 3.0, self.wide))
         self.beta_grad = self.array(np.full(channels, 4.0, self.wide))
         self.statistics = self.array(np.full(3 * channels, np.nan))
@@ -179,8 +181,9 @@ class Layer:
         kernels, p = self.kernels, self
         statistics = self.statistics.pointer if measured else None
         k = NormalizeForward(
-            TYPES[self.dtype], self.shape, 1e-5, 0.9, self.fix_gamma, x.pointer, statistics,
+            TYPES[self.dtype], self.shape, 1e-5, p.momentum, self.fix_gamma, x.pointer, statistics,
             p.gamma.pointer, p.beta.pointer, p.mean.pointer, p.var.pointer, request, y.pointer,
+            p.batches and p.batches.pointer,
         )  # fmt: skip
         if self.alone:
             kernels.call("ForwardAlone", ctypes.byref(k), POINTER(statistics))
@@ -317,6 +320,28 @@ def check_moving_statistics(kernels, dtype, shape, axis, alone):
         TOLERANCE[dtype] / 10, 1e-11
     )
     assert (layer.mean.numpy() == 0.5).all() and (layer.var.numpy() == 2).all()
+    layer.momentum = 1.0
+    layer.forward(device.array(np.full(shape, np.nan, dtype)), y)
+    assert np.isnan(y.numpy()).all()
+    assert (layer.mean.numpy() == 0.5).all() and (layer.var.numpy() == 2).all()
+
+
+def check_cumulative_average(kernels, dtype, shape, axis, alone):
+    """The average over all batches, which are counted on the device; inference counts none."""
+    rng = np.random.RandomState(0)
+    layer = Layer(kernels, dtype, shape, axis, alone=alone, batches=0)
+    tolerance = 1e-6 if layer.wide == "float32" else 1e-12
+    device, means, variances = kernels.device, [], []
+    for step in range(1, 5):
+        x = (step * rng.randn(*shape) + step).astype(dtype)
+        flat = rows(x, axis)
+        means.append(flat.mean(0))
+        variances.append(flat.var(0))
+        for measured in (True, False):
+            layer.forward(device.array(x), device.array(np.zeros_like(x)), measured=measured)
+            assert layer.batches.numpy().tolist() == [step]
+            assert largest_error(layer.mean.numpy(), np.mean(means, 0)) < tolerance
+            assert largest_error(layer.var.numpy(), np.mean(variances, 0)) < tolerance
 
 
 def check_requests(kernels, dtype, shape, axis, alone):

@@ -88,9 +88,15 @@ def data_for(steps, batch, seed=0, shape=(3, 10, 10)):
     return [(rng.randn(n, *shape).astype("float32"), rng.randint(0, 5, n)) for n in sizes]
 
 
+def to_array(values, ctx=None):
+    """NumPy values as an array of the kind that layers take: mx.np under set_np."""
+    array = mx.np.array if mx.util.is_np_array() else mx.nd.array
+    return array(values, ctx=ctx)
+
+
 def split(array, contexts):
     contexts = contexts[: len(array)]
-    return gluon.utils.split_and_load(mx.nd.array(array), contexts, even_split=False)
+    return gluon.utils.split_and_load(to_array(array), contexts, even_split=False)
 
 
 def train(make, devices, batches, hybridize=None, deferred=True, optimizer=None):
@@ -101,7 +107,7 @@ def train(make, devices, batches, hybridize=None, deferred=True, optimizer=None)
     net = make()
     net.initialize(mx.init.Xavier(), ctx=contexts)
     if not deferred:
-        net(mx.nd.array(batches[0][0][:1], ctx=contexts[0]))
+        net(to_array(batches[0][0][:1], ctx=contexts[0]))
     if hybridize is not None:
         net.hybridize(**hybridize)
     model = ModelDataParallel(net, contexts)
@@ -115,7 +121,7 @@ def train(make, devices, batches, hybridize=None, deferred=True, optimizer=None)
             parts = criterion(model(split(data, contexts)), split(label, contexts))
         parallel_backward(parts)
         trainer.step(len(data))
-        losses.append(sum(part.sum().asscalar() for part in parts))
+        losses.append(sum(part.asnumpy().sum() for part in parts))
     mx.nd.waitall()
     return losses, {
         name: [array.asnumpy() for array in p.list_data()]

@@ -191,15 +191,15 @@ def test_channel_counts_that_differ_between_devices(model, two):
 
 
 def test_channel_counts_that_differ_in_the_operators(two):
-    with autograd.train_mode():
+    means = [mx.nd.zeros(3 + i, ctx=c) for i, c in enumerate(two)]
+    with autograd.train_mode():  # in inference nothing is exchanged
         statistics = [
             mx.nd._internal._syncbn_moments(ones(c, (2, 3 + i)))[1] for i, c in enumerate(two)
         ]
-    means = [mx.nd.zeros(3 + i, ctx=c) for i, c in enumerate(two)]
-    totals = [
-        mx.nd._internal._syncbn_sum(s, m, key="channels", num_devices=2)
-        for s, m in zip(statistics, means)
-    ]
+        totals = [
+            mx.nd._internal._syncbn_sum(s, m, key="channels", num_devices=2)
+            for s, m in zip(statistics, means)
+        ]
     for total in totals:
         with pytest.raises(mx.MXNetError, match="same number of channels"):
             total.asnumpy()

@@ -305,17 +305,6 @@ def test_a_list_that_gluon_does_not_know_of(holder):
     assert type(net.known) is nn.BatchNorm
 
 
-def test_networks_of_mx_np():
-    mx.npx.set_np()
-    try:
-        net = nn.BatchNorm()
-        with pytest.raises(ConversionError, match="networks of mx.np cannot be converted"):
-            convert_sync_batchnorm(net)
-    finally:
-        mx.npx.reset_np()
-    assert type(net) is nn.BatchNorm
-
-
 def test_mxnets_own_synchronized_layer_is_reverted(rng):
     layer = MxnetSyncBatchNorm(num_devices=2, in_channels=3)
     revert_batchnorm(layer)

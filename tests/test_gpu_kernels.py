@@ -148,11 +148,12 @@ def test_a_step(kernels, dtype, shape, axis):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape, axis", [((8, 3, 9, 9), 1), ((300, 6), 1)])
+@pytest.mark.parametrize("shape, axis", [((8, 3, 9, 9), 1), ((300, 6), 1), ((7, 600), 1)])
 def test_moving_statistics_requests_and_handing_through(kernels, dtype, shape, axis):
     for alone in (False, True):
         checks.check_moving_statistics(kernels, dtype, shape, axis, alone)
         checks.check_requests(kernels, dtype, shape, axis, alone)
+        checks.check_cumulative_average(kernels, dtype, shape, axis, alone)
         checks.check_step(kernels, dtype, shape, axis, alone=alone, fix_gamma=True)
     checks.check_no_measuring(kernels, dtype, shape, axis)
 

@@ -7,11 +7,16 @@ parameters.
 
 from mxnet.gluon import Block, SymbolBlock, contrib, nn
 from mxnet.symbol import Symbol
-from mxnet.util import is_np_array
 
 from .exchanges import blocks_of, forget_traces, mark_edited, set_graph
 from .graph import Graph
-from .graph_conversion import ConversionError, make_plain, synchronize
+from .graph_conversion import (
+    NO_AVERAGE,
+    NO_BATCH_STATISTICS,
+    ConversionError,
+    make_plain,
+    synchronize,
+)
 from .model_data_parallel import ModelDataParallel
 from .nested import instances_in
 from .sync_batch_norm import SyncBatchNorm, checked_num_devices
@@ -90,8 +95,7 @@ def convert_sync_batchnorm(net, num_devices=None):
         If ``net`` is no Block.  (For a Symbol there is :func:`convert_symbol`.)
     ConversionError
         A ValueError: if a layer is batch normalization of another kind, or in a list that Gluon
-        does not know of, which it names; or for networks of ``mx.np``.  Nothing has been converted
-        then.
+        does not know of, which it names.  Nothing has been converted then.
 
     Examples
     --------
@@ -105,11 +109,6 @@ def convert_sync_batchnorm(net, num_devices=None):
         raise TypeError("net is a Symbol; use gluon_syncbn.convert_symbol")
     blocks = _blocks_of(net)
     num_devices = checked_num_devices(num_devices)
-    if is_np_array():
-        raise ConversionError(
-            "networks of mx.np cannot be converted: our operators are of mx.nd; "
-            "call mx.npx.reset_np() before making the network"
-        )
     _check_registered(blocks)
     layers = []
     for block in blocks:
@@ -126,7 +125,7 @@ def convert_sync_batchnorm(net, num_devices=None):
     def change(layer):
         layer.__class__ = SyncBatchNorm
         _forget_mxnets(layer)
-        layer._kwargs["num_devices"] = num_devices
+        layer._kwargs.update(num_devices=num_devices, track_running_stats=True)
 
     _apply(blocks[0], layers, graphs, change)
     return net
@@ -153,8 +152,9 @@ def revert_batchnorm(net):
     TypeError
         If ``net`` is neither.
     ConversionError
-        A ValueError: if a layer is of a class derived from ours, or a graph has an exchange that is
-        no batch normalization.  Nothing has been converted then.
+        A ValueError: if a layer is of a class derived from ours or does what MXNet's cannot
+        (``momentum=None``, ``track_running_stats=False``), or a graph has an exchange that is no
+        batch normalization.  Nothing has been converted then.
 
     Examples
     --------
@@ -176,16 +176,26 @@ in_channels=None)
                 f"{layer.name} is a {type(layer).__name__}, which is not known to do what "
                 "SyncBatchNorm does; put SyncBatchNorm in its place"
             )
+        missing = type(layer) is SyncBatchNorm and _missing_in_mxnets(layer)
+        if missing:
+            raise ConversionError(f"{layer.name} cannot be converted: {missing}")
     graphs = _graphs_of(blocks, make_plain)
 
     def change(layer):
         if type(layer) is SyncBatchNorm:
-            del layer._kwargs["num_devices"]
+            del layer._kwargs["num_devices"], layer._kwargs["track_running_stats"]
         layer.__class__ = nn.BatchNorm
         _forget_mxnets(layer)
 
     _apply(blocks[0], layers, graphs, change)
     return net
+
+
+def _missing_in_mxnets(layer):
+    """What the layer does that MXNet's cannot, and what to do then; or None."""
+    if not layer.track_running_stats:
+        return NO_BATCH_STATISTICS
+    return NO_AVERAGE if layer._kwargs["momentum"] is None else None
 
 
 def _forget_mxnets(layer):

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import mxnet as mx
 from mxnet import autograd, context
+from mxnet.util import is_np_array, is_np_shape, np_array, np_shape
 
 from . import passes, random_state
 
@@ -45,12 +46,13 @@ class _State:
     def __init__(self):
         self._modes = autograd.is_recording(), autograd.is_training()
         self._context = context.current_context()
+        self._numpy = is_np_shape(), is_np_array()  # mx.npx.set_np
 
     def run(self, function):
         before = autograd.is_recording(), autograd.is_training()
         self._set(*self._modes)
         try:
-            with self._context:
+            with np_shape(self._numpy[0]), np_array(self._numpy[1]), self._context:
                 return function()
         finally:
             self._set(*before)

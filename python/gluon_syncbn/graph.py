@@ -8,6 +8,8 @@ import json
 
 from mxnet import symbol
 
+from .numpy_arrays import like
+
 
 class Node:
     """An operator or a variable (``op`` is then "null"), and the (node, output) pairs it reads."""
@@ -52,6 +54,7 @@ class Graph:
     """
 
     def __init__(self, sym, remove_amp_cast=False):
+        self._source = sym
         content = json.loads(sym.tojson(remove_amp_cast=remove_amp_cast))
         nodes = []
         for entry in content["nodes"]:
@@ -117,7 +120,7 @@ class Graph:
                 pending.extend(source for source, _ in node.inputs)
 
     def symbol(self):
-        """The graph as a new Symbol."""
+        """The graph as a new Symbol, of the kind of the first one: mx.sym or mx.np."""
         nodes = self.nodes
         number = {id(node): i for i, node in enumerate(nodes)}
         entries, rows = [], [0]
@@ -139,4 +142,4 @@ class Graph:
             "heads": [[number[id(n)], output, 0] for n, output in self.heads],
             "attrs": self._attrs,
         }
-        return symbol.load_json(json.dumps(content))
+        return like(symbol.load_json(json.dumps(content)), self._source)

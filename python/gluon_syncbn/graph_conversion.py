@@ -22,9 +22,17 @@ _OURS = {**_MXNET, "eps": "1e-05", "fix_gamma": "False"}
 _CONVERTIBLE = ("BatchNorm", "BatchNorm_v1", "_contrib_SyncBatchNorm")
 _INCONVERTIBLE = {
     "_contrib_BatchNormWithReLU": "it is fused with a relu; use BatchNorm and Activation",
-    "_npx_batch_norm": "it belongs to mx.np; use mx.sym.BatchNorm",
 }
 _UNWRAP = "unroll a loop; convert before a graph is fused (optimize_for)"
+NO_AVERAGE = (
+    "MXNet's BatchNorm has no momentum=None, the average over all batches; make the network with a "
+    "momentum and load its parameters with ignore_extra=True, or, for inference, use "
+    "export_for_inference"
+)
+NO_BATCH_STATISTICS = (
+    "with track_running_stats=False it normalizes by its batch in inference, which MXNet's "
+    "BatchNorm cannot do; use net.export, whose files load where gluon_syncbn is imported"
+)
 EXCHANGES = ("_syncbn_sum", "_contrib_KeyBarrierSum")
 
 _graphs = itertools.count(1)
@@ -91,10 +99,11 @@ def synchronize(graph, num_devices=None):
     return len(plain)
 
 
-def make_plain(graph):
+def make_plain(graph, inference=False):
     """Replace every synchronized batch normalization of a :class:`Graph` by MXNet's BatchNorm.
 
-    All BatchNorm nodes have all their parameters written then.
+    All BatchNorm nodes have all their parameters written then.  ``inference``: the graph will not
+    be trained, so how the moving statistics move does not matter.
     """
     new = {}
     for node in graph.nodes:
@@ -109,6 +118,12 @@ def make_plain(graph):
             inputs = [moments.inputs[0], *node.inputs[3:]]
         else:
             continue
+        if node.flag("use_batch_stats", False):
+            _cannot(node, NO_BATCH_STATISTICS)
+        if node.flag("cumulative_average", False):
+            if not inference:
+                _cannot(node, NO_AVERAGE)
+            inputs = inputs[:5]
         new[node] = Node("BatchNorm", node.name, {**_options(node), **node.user_attrs}, inputs)
     graph.replace(new)
     for node in graph.nodes:

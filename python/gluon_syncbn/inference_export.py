@@ -24,7 +24,7 @@ def _exported(net, remove_amp_cast):
     names = set(sym.list_inputs())
     try:
         parameters = {
-            name: parameter._reduce()  # over the devices
+            name: parameter._reduce().as_nd_ndarray()  # over the devices
             for name, parameter in net.collect_params().items()
             if name in names
         }
@@ -114,8 +114,8 @@ def export_for_inference(net, path, epoch=0, fold=False, remove_amp_cast=True):
         If the network has no graph, or parameters without values.
     ConversionError
         A ValueError: if the graph has an operator of this package that is no batch normalization
-        (KeyBarrierSum), or in a loop, or parameters that do not fit each other.  Nothing is written
-        then.
+        (KeyBarrierSum), or in a loop, or a layer with ``track_running_stats=False``, or parameters
+        that do not fit each other.  Nothing is written then.
 
     Notes
     -----
@@ -140,7 +140,7 @@ def export_for_inference(net, path, epoch=0, fold=False, remove_amp_cast=True):
     if not isinstance(net, HybridBlock):
         raise TypeError(f"net must be a HybridBlock, but is a {type(net).__name__}")
     graph, parameters = _exported(net, remove_amp_cast)
-    make_plain(graph)
+    make_plain(graph, inference=True)
     _check(graph, parameters)
     _write_ones(graph, parameters)
     if fold:

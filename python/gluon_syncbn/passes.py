@@ -12,7 +12,7 @@ import weakref
 from collections import deque, namedtuple
 from contextlib import contextmanager
 
-from mxnet import autograd, ndarray
+from mxnet import autograd
 
 from .key_barrier import BARRIER
 from .library import LIBRARY, check
@@ -73,8 +73,7 @@ class Pass:
                 continue
             for device in self.absent:
                 if parameter.grad_req == "write":
-                    gradient = parameter.grad(device)
-                    ndarray.zeros_like(gradient, out=gradient)
+                    parameter.grad(device)[:] = 0
                 # What Trainer looks at to tell a gradient of this step from an old one.
                 parameter.data(device)._fresh_grad = True
 

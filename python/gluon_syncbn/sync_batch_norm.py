@@ -9,6 +9,7 @@ from mxnet import autograd
 from mxnet.gluon import nn
 from mxnet.ndarray import NDArray
 
+from .numpy_arrays import either_kind
 from .passes import Exchange, begin
 from .traced_calls import next_call
 
@@ -38,9 +39,11 @@ class SyncBatchNorm(nn.BatchNorm):
     """Batch normalization with statistics over all devices.
 
     Ordinary batch normalization sees one device's share of the batch; this one normalizes over the
-    whole batch [1]_, [2]_.  It takes the place of :class:`mxnet.gluon.nn.BatchNorm`: parameter
-    names are the same, so checkpoints go both ways.  Uneven shares are exact, since every element
-    counts the same.  Outside of training it uses its moving statistics and waits for nobody.
+    whole batch [1]_, [2]_: ``out = gamma * (data - mean) / sqrt(var + epsilon) + beta``, with the
+    mean and the biased variance of each channel over all devices.  It takes the place of
+    :class:`mxnet.gluon.nn.BatchNorm`: parameter names are the same, so checkpoints go both ways.
+    Uneven shares are exact, since every element counts the same.  Outside of
+    training it uses its moving statistics and waits for nobody.
 
     Parameters
     ----------
@@ -49,9 +52,11 @@ class SyncBatchNorm(nn.BatchNorm):
     num_devices : int or None, default None
         How many devices take part.  None: what :class:`ModelDataParallel` says; outside of one,
         the number of visible GPUs, or 1, with a warning if the layer is on several devices.
-    momentum : float, default 0.9
+    momentum : float or None, default 0.9
         How much the moving statistics keep: ``moving = moving * momentum + batch * (1 -
-        momentum)``.  The moving variance is the biased one, as in MXNet.
+        momentum)``.  None: they are the average over all batches so far, as in PyTorch; the layer
+        then has one more parameter, ``num_batches_tracked``, of shape (1,).  The moving variance is
+        the biased one, as in MXNet.
     epsilon : float, default 1e-5
         Added to the variance.
     center : bool, default True
@@ -65,21 +70,31 @@ class SyncBatchNorm(nn.BatchNorm):
 default 'zeros' and 'ones'
     axis : int, default 1
         The channel axis; negative from the end, so -1 is channels last.
+    track_running_stats : bool, default True
+        False, as in PyTorch: inference normalizes by the statistics of its own batch, too, and
+        nothing is moved.  What inference sees of the batch is what is on the device: it waits for
+        nobody.  ``running_mean`` and ``running_var`` are there all the same and stay what they are,
+        so that checkpoints fit whatever the option, and those of ``nn.BatchNorm``, too.
 
     Inputs
     ------
-    data : NDArray or Symbol
-        float16, float32 or float64, of 2 or more dimensions.
+    data : NDArray or Symbol, of mx.nd or of mx.np
+        float16, float32 or float64, of 2 or more dimensions, ``(batch, channels, ...)`` with
+        ``axis=1``.  Parameters are of shape ``(channels,)``, float32, and float64 beside float64
+        data.
 
     Outputs
     -------
     out : NDArray or Symbol
-        As ``data``.
+        As ``data``: its kind, shape and dtype.
 
     Raises
     ------
     ValueError
-        If ``num_devices`` is neither None nor a positive integer.
+        If ``num_devices`` is neither None nor a positive integer, or ``use_global_stats`` meets
+        ``track_running_stats=False``.
+    TypeError
+        From the call, for data of mx.nd under ``mx.npx.set_np()``.
     mxnet.MXNetError
         From the call for integer data, an axis out of range or channels that do not match; when
         the output is read, if another device did not come within the deadline (see
@@ -103,7 +118,19 @@ default 'zeros' and 'ones'
     ...     out = net([mx.nd.zeros((2, 3), ctx[0]), mx.nd.ones((2, 3), ctx[1])])
     >>> [o[0, 0].asscalar().round(2) for o in out]
     [-1.0, 1.0]
+
+    Statistics that are the average over all batches:
+
+    >>> layer = SyncBatchNorm(momentum=None)
+    >>> layer.initialize()
+    >>> for value in (1, 2, 6):
+    ...     with mx.autograd.record():
+    ...         out = layer(mx.nd.full((4, 1), value))
+    >>> [p.data().asscalar() for p in layer.statistics]
+    [3.0, 0.0, 3.0]
     """
+
+    num_batches_tracked = None  # a Parameter where momentum=None has it
 
     def __init__(
         self,
@@ -119,11 +146,17 @@ default 'zeros' and 'ones'
         running_mean_initializer="zeros",
         running_variance_initializer="ones",
         axis=1,
+        track_running_stats=True,
         **kwargs,
     ):
         if num_devices is None:
             num_devices = kwargs.pop("nGPUs", None)  # the original preview's name for it
         num_devices = checked_num_devices(num_devices)
+        if use_global_stats and not track_running_stats:
+            raise ValueError(
+                "use_global_stats=True normalizes by the moving statistics, which a layer with "
+                "track_running_stats=False does not have; leave one of them out"
+            )
         super().__init__(
             axis=axis,
             momentum=momentum,
@@ -139,6 +172,16 @@ default 'zeros' and 'ones'
             **kwargs,
         )
         self._kwargs["num_devices"] = num_devices  # shown by repr()
+        self._kwargs["track_running_stats"] = bool(track_running_stats)
+        if momentum is None and track_running_stats:
+            self.num_batches_tracked = self.params.get(
+                "num_batches_tracked",
+                grad_req="null",
+                shape=(1,),
+                init="zeros",
+                allow_deferred_init=True,
+                differentiable=False,
+            )
 
     def _alias(self):
         # Gluon names parameters after this; checkpoints by full names go both ways, too.
@@ -148,6 +191,17 @@ default 'zeros' and 'ones'
     def num_devices(self):
         """The number of devices that the layer was given, or None."""
         return self._kwargs["num_devices"]
+
+    @property
+    def track_running_stats(self):
+        """Whether training moves statistics, by which inference normalizes."""
+        return self._kwargs["track_running_stats"]
+
+    @property
+    def statistics(self):
+        """The parameters that training moves without a gradient, a tuple."""
+        moved = self.running_mean, self.running_var, self.num_batches_tracked
+        return tuple(parameter for parameter in moved if parameter is not None)
 
     @property
     def key(self):
@@ -164,11 +218,19 @@ default 'zeros' and 'ones'
     def exchange(self):
         """What the layer takes part in; see ``passes.py``."""
         alone = self.num_devices == 1 or self._kwargs["use_global_stats"]
-        statistics = self.running_mean, self.running_var
-        return Exchange(self.name, self.key, self.num_devices, statistics, alone)
+        return Exchange(self.name, self.key, self.num_devices, self.statistics, alone)
 
-    def hybrid_forward(self, F, x, gamma, beta, running_mean, running_var):
+    @either_kind
+    def hybrid_forward(
+        self, F, x, gamma, beta, running_mean, running_var, num_batches_tracked=None
+    ):
         options = {k: self._kwargs[k] for k in ("axis", "eps", "momentum", "fix_gamma")}
+        of_the_batch = {} if self.track_running_stats else {"use_batch_stats": True}
+        options.update(of_the_batch)
+        if options["momentum"] is None:
+            del options["momentum"]
+            if num_batches_tracked is not None:
+                options.update(cumulative_average=True, num_batches_tracked=num_batches_tracked)
         own = self._kwargs["use_global_stats"]
         # A graph learns only when it runs whether it is in training; a call of ours knows now.
         if own or self.num_devices == 1 or isinstance(x, NDArray) and not autograd.is_training():
@@ -185,7 +247,7 @@ default 'zeros' and 'ones'
         if isinstance(x, NDArray):
             begin([self.exchange], x.context)
         handed, local, coefficients = F._internal._syncbn_moments(
-            x, axis=options["axis"], name="moments"
+            x, axis=options["axis"], name="moments", **of_the_batch
         )
         call = 0
         if not isinstance(x, NDArray):

@@ -63,7 +63,9 @@ struct MomentsForward {
 };
 
 // Normalize, forward.  In training (statistics with a count) it also moves the moving statistics,
-// with the biased variance, as MXNet's BatchNorm does.
+// with the biased variance, as MXNet's BatchNorm does.  With `batches`, how many batches there were
+// before, they become the average over all of them, whatever the momentum, and the number grows.
+// A momentum of 1 moves nothing, not even for data that are not finite.
 struct NormalizeForward {
   DataType type;
   FeatureShape shape;
@@ -78,6 +80,7 @@ struct NormalizeForward {
   void* moving_var;
   Request y_request;
   void* y;
+  void* batches = nullptr;
 };
 
 // Normalize, backward: the sums over dy.

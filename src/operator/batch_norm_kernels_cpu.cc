@@ -13,6 +13,7 @@
 #include "cpu_loops.h"
 #include "cpu_threads.h"
 #include "feature_tiles.h"
+#include "moving_average.h"
 
 namespace gluon_syncbn {
 namespace {
@@ -232,14 +233,16 @@ void RunTyped(const NormalizeForward& k) {
   W* moving_var = static_cast<W*>(k.moving_var);
   const StatisticsInUse<W> statistics(channels, k.statistics, moving_mean, moving_var);
   Tables<W> tables(tiles);
+  const double momentum = Momentum<W>(k);
   ForEachChannel(channels, [&](std::size_t c) {
     const ChannelStatistics s = statistics[c];
     const double gamma_c = k.fix_gamma ? 1.0 : static_cast<double>(gamma[c]);
     tables.Set(c, s.mean, gamma_c / std::sqrt(s.var + k.epsilon), beta[c]);
-    if (!statistics.measured()) return;
-    moving_mean[c] = static_cast<W>(k.momentum * moving_mean[c] + (1 - k.momentum) * s.mean);
-    moving_var[c] = static_cast<W>(k.momentum * moving_var[c] + (1 - k.momentum) * s.var);
+    if (!statistics.measured() || momentum == 1) return;
+    moving_mean[c] = static_cast<W>(momentum * moving_mean[c] + (1 - momentum) * s.mean);
+    moving_var[c] = static_cast<W>(momentum * moving_var[c] + (1 - momentum) * s.var);
   });
+  if (statistics.measured()) CountBatch<W>(k);
   if (k.y_request == Request::kNull) return;
   tables.Spread();
   const T* x = static_cast<const T*>(k.x);

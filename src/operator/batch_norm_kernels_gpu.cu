@@ -15,6 +15,7 @@
 #include "gpu_elementwise.cuh"
 #include "gpu_reduction.cuh"
 #include "gpu_runtime.cuh"
+#include "moving_average.h"
 
 namespace gluon_syncbn {
 namespace {
@@ -156,8 +157,17 @@ __global__ void __launch_bounds__(kThreads)
   if (!(statistics.Count() > 0)) return;
   W* moving_mean = static_cast<W*>(k.moving_mean) + c;
   W* moving_var = static_cast<W*>(k.moving_var) + c;
-  *moving_mean = static_cast<W>(k.momentum * *moving_mean + (1 - k.momentum) * mean);
-  *moving_var = static_cast<W>(k.momentum * *moving_var + (1 - k.momentum) * var);
+  const double momentum = Momentum<W>(k);
+  if (momentum == 1) return;
+  *moving_mean = static_cast<W>(momentum * *moving_mean + (1 - momentum) * mean);
+  *moving_var = static_cast<W>(momentum * *moving_var + (1 - momentum) * var);
+}
+
+// One thread, in a launch of its own: the blocks of SetNormalize have all read the number then.
+template <typename W>
+__global__ void __launch_bounds__(kThreads)
+    CountMeasuredBatch(NormalizeForward k, StatisticsInUse<W> statistics) {
+  if (statistics.Count() > 0) CountBatch<W>(k);
 }
 
 // dx = A * dy, the gradient where the moving statistics normalized.
@@ -217,6 +227,7 @@ void RunTyped(const Gpu& gpu, const NormalizeForward& k) {
   const auto statistics = InUse<W>(k);
   TableEntry<W>* table = Scratch<TableEntry<W>>(gpu, Use::kTable, extent.channels);
   PerChannel(gpu, extent.channels, SetNormalize<W>, k, statistics, table);
+  if (k.batches != nullptr) Launch(gpu, CountMeasuredBatch<W>, dim3(1), dim3(1), k, statistics);
   if (k.y_request == Request::kNull) return;
   Elementwise(gpu, extent, table, static_cast<const T*>(k.x), static_cast<const T*>(nullptr),
               static_cast<T*>(k.y), k.y_request == Request::kAdd);

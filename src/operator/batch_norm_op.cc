@@ -22,14 +22,26 @@ struct BatchNormParam : public dmlc::Parameter<BatchNormParam> {
   int axis;
   double eps;
   double momentum;
+  bool cumulative_average;
   bool fix_gamma;
+  bool use_batch_stats;
   bool use_global_stats;
   DMLC_DECLARE_PARAMETER(BatchNormParam) {
     DMLC_DECLARE_FIELD(axis).set_default(1).describe("The channel axis; negative from the end.");
     DMLC_DECLARE_FIELD(eps).set_default(1e-5).describe("Added to the variance.");
     DMLC_DECLARE_FIELD(momentum).set_default(0.9).describe(
         "How much the moving statistics keep of what they were.");
+    DMLC_DECLARE_FIELD(cumulative_average)
+        .set_default(false)
+        .describe(
+            "Let the moving statistics be the average over all batches so far, which a third "
+            "auxiliary state counts, whatever the momentum.");
     DMLC_DECLARE_FIELD(fix_gamma).set_default(false).describe("Treat gamma as 1.");
+    DMLC_DECLARE_FIELD(use_batch_stats)
+        .set_default(false)
+        .describe(
+            "Normalize by the batch's own statistics in inference, too, and leave the moving "
+            "statistics as they are.");
     DMLC_DECLARE_FIELD(use_global_stats)
         .set_default(false)
         .describe("Normalize by the moving statistics in training, too.");
@@ -45,7 +57,7 @@ class BatchNormOp : public mxnet::Operator {
   void Forward(const mxnet::OpContext& ctx, const Blobs& in_data, const Requests& req,
                const Blobs& out_data, const Blobs& aux) override {
     const mxnet::TBlob& x = in_data[kData];
-    measured_ = ctx.is_train && !param_.use_global_stats;
+    measured_ = (ctx.is_train || param_.use_batch_stats) && !param_.use_global_stats;
     if (measured_ && x.Size() == 0) RaiseEmpty(x.shape_);
     const NormalizeForward k = ForwardKernel(param_, in_data, req, out_data, aux);
     double* statistics = measured_ ? out_data[kStatistics].dptr<double>() : nullptr;
@@ -112,6 +124,7 @@ MXNET_REGISTER_OP_PROPERTY(_syncbn_batch_norm, BatchNormOpProperty)
     .add_argument("beta", "NDArray-or-Symbol", "The shift, per channel.")
     .add_argument("moving_mean", "NDArray-or-Symbol", "The moving mean.")
     .add_argument("moving_var", "NDArray-or-Symbol", "The moving variance (biased).")
+    .add_argument("num_batches_tracked", "NDArray-or-Symbol", "With cumulative_average only.")
     .add_arguments(BatchNormParam::__FIELDS__());
 
 }  // namespace

@@ -15,12 +15,14 @@
 
 namespace gluon_syncbn {
 
-enum MovingStatistics { kMovingMean, kMovingVar };
+// The last one only for an average over all batches (cumulative_average).
+enum MovingStatistics { kMovingMean, kMovingVar, kBatches };
 
 using Blobs = std::vector<mxnet::TBlob>;
 using Requests = std::vector<mxnet::OpReqType>;
 
-// All but the statistics.  `Param` has axis, eps, momentum and fix_gamma.
+// All but the statistics.  `Param` has axis, eps, momentum, cumulative_average, fix_gamma and
+// use_batch_stats.
 template <typename Param>
 NormalizeForward ForwardKernel(const Param& param, const Blobs& in_data, const Requests& req,
                                const Blobs& out_data, const Blobs& aux) {
@@ -29,13 +31,14 @@ NormalizeForward ForwardKernel(const Param& param, const Blobs& in_data, const R
   k.type = ToDataType(x.type_flag_);
   k.shape = ToFeatureShape(x.shape_, param.axis);
   k.epsilon = param.eps;
-  k.momentum = param.momentum;
+  k.momentum = param.use_batch_stats ? 1.0 : param.momentum;
   k.fix_gamma = param.fix_gamma;
   k.x = x.dptr_;
   k.gamma = in_data[in_data.size() - 2].dptr_;
   k.beta = in_data.back().dptr_;
   k.moving_mean = aux[kMovingMean].dptr_;
   k.moving_var = aux[kMovingVar].dptr_;
+  if (param.cumulative_average) k.batches = aux[kBatches].dptr_;
   k.y_request = ToRequest(req[0]);
   k.y = out_data[0].dptr_;
   PreferHugePages(out_data[0]);
@@ -68,18 +71,19 @@ NormalizeBackward BackwardKernel(const Param& param, const Blobs& out_grad, cons
   return k;
 }
 
-// `Param` has an axis.
+// `Param` has axis and cumulative_average.
 template <typename Self, typename Param>
 class BatchNormProperty : public ParameterizedProperty<Self, Param> {
  public:
   std::vector<std::string> ListAuxiliaryStates() const override {
-    return {"moving_mean", "moving_var"};
+    if (!this->param_.cumulative_average) return {"moving_mean", "moving_var"};
+    return {"moving_mean", "moving_var", "num_batches_tracked"};
   }
 
   bool InferShape(mxnet::ShapeVector* in, mxnet::ShapeVector* out,
                   mxnet::ShapeVector* aux) const override {
     out->resize(1);
-    aux->resize(2);
+    aux->resize(ListAuxiliaryStates().size());
     mxnet::TShape& data = in->front();
     Unify(&data, &out->at(0), "data");
     if (!mxnet::ndim_is_known(data)) return false;
@@ -90,13 +94,17 @@ class BatchNormProperty : public ParameterizedProperty<Self, Param> {
     Unify(&per_channel, &in->back(), "beta");
     Unify(&per_channel, &aux->at(kMovingMean), "moving_mean");
     Unify(&per_channel, &aux->at(kMovingVar), "moving_var");
+    if (this->param_.cumulative_average) {
+      mxnet::TShape one(1, 1);
+      Unify(&one, &aux->at(kBatches), "num_batches_tracked");
+    }
     return mxnet::shape_is_known(data);
   }
 
   bool InferType(std::vector<int>* in, std::vector<int>* out,
                  std::vector<int>* aux) const override {
     out->resize(1, -1);
-    aux->resize(2, -1);
+    aux->resize(ListAuxiliaryStates().size(), -1);
     int& data = in->front();
     Unify(&data, &out->at(0), "data");
     if (data == -1) return false;
@@ -105,6 +113,9 @@ class BatchNormProperty : public ParameterizedProperty<Self, Param> {
     Unify(&parameter, &in->back(), "beta");
     Unify(&parameter, &aux->at(kMovingMean), "moving_mean");
     Unify(&parameter, &aux->at(kMovingVar), "moving_var");
+    if (this->param_.cumulative_average) {
+      Unify(&parameter, &aux->at(kBatches), "num_batches_tracked");
+    }
     return true;
   }
 

@@ -12,6 +12,7 @@
 #include "batch_norm_kernels.h"
 #include "cpu_threads.h"
 #include "feature_tiles.h"
+#include "moving_average.h"
 
 namespace gluon_syncbn {
 namespace {
@@ -80,6 +81,8 @@ class Slices {
 }  // namespace
 
 void RunAlone(Cpu cpu, const NormalizeForward& whole, double* statistics) {
+  const bool wide = whole.type == DataType::kFloat64;
+  const double momentum = wide ? Momentum<double>(whole) : Momentum<float>(whole);
   const Slices slices(whole.type, whole.shape);
   ParallelFor(slices.count(), [&](std::size_t i) {
     NormalizeForward k = whole;
@@ -90,6 +93,8 @@ void RunAlone(Cpu cpu, const NormalizeForward& whole, double* statistics) {
     k.moving_mean = slices.PerChannel(whole.moving_mean, i);
     k.moving_var = slices.PerChannel(whole.moving_var, i);
     k.y = slices.Map(whole.y, i);
+    k.momentum = momentum;
+    k.batches = nullptr;  // counted once, below
     double* measured = slices.Statistics(statistics, i);
     k.statistics = measured;
     if (measured != nullptr) {
@@ -97,6 +102,8 @@ void RunAlone(Cpu cpu, const NormalizeForward& whole, double* statistics) {
     }
     Run(cpu, k);
   });
+  if (statistics == nullptr) return;
+  wide ? CountBatch<double>(whole) : CountBatch<float>(whole);
 }
 
 void RunAlone(Cpu cpu, const NormalizeBackward& whole) {

@@ -1,7 +1,7 @@
 // The key-barrier sum as MXNet operators, the only asynchronous ones.
 //
 //   _contrib_KeyBarrierSum   for users: the sum over all devices, in any mode, differentiable
-//   _syncbn_sum              for SyncBatchNorm: only where there is something to sum, in order
+//   _syncbn_sum              for SyncBatchNorm: only in training, in order
 //
 // Both return at once and complete when the round does.  They run in whichever thread finds them
 // ready, so they must be cheap: they send a small array into the barrier, and a sum comes out of
@@ -125,7 +125,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
   // The engine keeps this operator, and the memory of `from` and `to`, until the completion.
   void Exchange(const mxnet::OpContext& ctx, const mxnet::TBlob& from, mxnet::OpReqType req,
                 const mxnet::TBlob& to, bool forward) {
-    const bool gpu = OnGpu(ctx.run_ctx.ctx);
+    const bool gpu = OnGpu(ctx.run_ctx.ctx), training = ctx.is_train;
     if (gpu && NaiveEngine())
       Raise("On a GPU, gluon_syncbn needs MXNet's threads; ", kUnsetNaive, ".");
     if (forward) BeginForward();
@@ -134,7 +134,8 @@ class KeyBarrierSumOp : public mxnet::Operator {
     if (gpu) call->NeedWorker();
     ReadValues(ctx.run_ctx.ctx, from, [=](std::vector<double> values, const std::string& error) {
       if (!error.empty()) return call->Fail(error);
-      if (forward) exchanged_ = IsExchanged(values, num_devices);
+      // In inference nobody waits, also where a layer measures its batch (use_batch_stats).
+      if (forward) exchanged_ = (training || !only_counted_) && IsExchanged(values, num_devices);
       if (!exchanged_) return gpu ? call->Succeed(std::move(values)) : call->SucceedNow(values);
       if (forward) {
         ArriveForward(std::move(values), call);

@@ -22,8 +22,12 @@ enum Outputs { kHanded, kStatistics, kCoefficients };
 
 struct MomentsParam : public dmlc::Parameter<MomentsParam> {
   int axis;
+  bool use_batch_stats;
   DMLC_DECLARE_PARAMETER(MomentsParam) {
     DMLC_DECLARE_FIELD(axis).set_default(1).describe("The channel axis; negative from the end.");
+    DMLC_DECLARE_FIELD(use_batch_stats)
+        .set_default(false)
+        .describe("Measure in inference, too; there nothing is exchanged.");
   }
 };
 
@@ -44,7 +48,7 @@ class MomentsOp : public mxnet::Operator {
     k.x = x.dptr_;
     k.copy = req[kHanded] == mxnet::kNullOp ? nullptr : out_data[kHanded].dptr_;
     // A count of 0: nobody measured, so the moving statistics are used and nobody waits.
-    k.measure = ctx.is_train;
+    k.measure = ctx.is_train || param_.use_batch_stats;
     k.statistics = out_data[kStatistics].dptr<double>();
     PreferHugePages(out_data[kHanded]);
     OnDevice(ctx, [&](const auto& device) { Run(device, k); });

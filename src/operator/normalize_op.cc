@@ -18,13 +18,25 @@ struct NormalizeParam : public dmlc::Parameter<NormalizeParam> {
   int axis;
   double eps;
   double momentum;
+  bool cumulative_average;
   bool fix_gamma;
+  bool use_batch_stats;
   DMLC_DECLARE_PARAMETER(NormalizeParam) {
     DMLC_DECLARE_FIELD(axis).set_default(1).describe("The channel axis; negative from the end.");
     DMLC_DECLARE_FIELD(eps).set_default(1e-5).describe("Added to the variance.");
     DMLC_DECLARE_FIELD(momentum).set_default(0.9).describe(
         "How much the moving statistics keep of what they were.");
+    DMLC_DECLARE_FIELD(cumulative_average)
+        .set_default(false)
+        .describe(
+            "Let the moving statistics be the average over all batches so far, which a third "
+            "auxiliary state counts, whatever the momentum.");
     DMLC_DECLARE_FIELD(fix_gamma).set_default(false).describe("Treat gamma as 1.");
+    DMLC_DECLARE_FIELD(use_batch_stats)
+        .set_default(false)
+        .describe(
+            "Normalize by the batch's own statistics in inference, too, and leave the moving "
+            "statistics as they are.");
   }
 };
 
@@ -112,6 +124,7 @@ MXNET_REGISTER_OP_PROPERTY(_syncbn_normalize, NormalizeProperty)
     .add_argument("beta", "NDArray-or-Symbol", "The shift, per channel.")
     .add_argument("moving_mean", "NDArray-or-Symbol", "The moving mean.")
     .add_argument("moving_var", "NDArray-or-Symbol", "The moving variance (biased).")
+    .add_argument("num_batches_tracked", "NDArray-or-Symbol", "With cumulative_average only.")
     .add_arguments(NormalizeParam::__FIELDS__());
 
 }  // namespace

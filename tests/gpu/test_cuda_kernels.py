@@ -62,6 +62,7 @@ def test_moving_statistics_requests_and_two_devices(kernels, dtype, shape, axis)
     for alone in (False, True):
         checks.check_moving_statistics(kernels, dtype, shape, axis, alone)
         checks.check_requests(kernels, dtype, shape, axis, alone)
+        checks.check_cumulative_average(kernels, dtype, shape, axis, alone)
     checks.check_no_measuring(kernels, dtype, shape, axis)
     checks.check_two_devices(kernels, dtype, shape, axis)
 
