@@ -5,6 +5,7 @@ from .compatibility import check_environment
 check_environment()
 
 # What MXNet 1.9.1 is right beside must be checked before these import it.
+from . import executors, initial_states, symbol  # noqa: E402
 from .conversion import convert_symbol, convert_sync_batchnorm, revert_batchnorm  # noqa: E402
 from .data_parallel_criterion import DataParallelCriterion  # noqa: E402
 from .graph_conversion import ConversionError  # noqa: E402
@@ -13,6 +14,9 @@ from .key_barrier import get_timeout, set_timeout  # noqa: E402
 from .model_data_parallel import ModelDataParallel  # noqa: E402
 from .parallel_backward import parallel_backward  # noqa: E402
 from .sync_batch_norm import BatchNorm, SyncBatchNorm  # noqa: E402
+
+executors.install()
+initial_states.install()
 
 __version__ = "0.1.0"
 
@@ -29,4 +33,5 @@ __all__ = [
     "parallel_backward",
     "revert_batchnorm",
     "set_timeout",
+    "symbol",
 ]

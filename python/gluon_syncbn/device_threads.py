@@ -37,6 +37,18 @@ def _in_state(context, function, recording, training):
         return function()
 
 
+def run_on(context, function):
+    """Run a function in a device's thread, and give its result or raise what it raises.
+
+    In the caller's recording and training state.  From a device's thread it runs right there: two
+    that waited for each other would do so for ever.
+    """
+    if random_state.is_device_thread():
+        return function()
+    state = autograd.is_recording(), autograd.is_training()
+    return _thread_of(context).submit(_in_state, context, function, *state).result()
+
+
 def settle():
     """Wait for everything that MXNet has pending, and raise the first error in it.
 

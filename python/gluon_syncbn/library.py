@@ -37,6 +37,7 @@ DONE = ctypes.CFUNCTYPE(
 )
 
 _STRINGS = ctypes.POINTER(ctypes.c_char_p)
+_HANDLES = ctypes.POINTER(ctypes.c_void_p)
 _SIGNATURES = {
     "LastError": (ctypes.c_char_p, []),
     "RegisterOperators": (ctypes.c_int, []),
@@ -68,6 +69,7 @@ _SIGNATURES = {
     "BarrierClose": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_char_p]),
     "BarrierSetTimeout": (None, [ctypes.c_void_p, ctypes.c_double]),
     "BarrierTimeout": (ctypes.c_double, [ctypes.c_void_p]),
+    "Fence": (ctypes.c_int, [_HANDLES, ctypes.c_int, _HANDLES, ctypes.c_int]),
     "BarrierFailures": (ctypes.c_ulonglong, [ctypes.c_void_p]),
 }
 

@@ -1,0 +1,52 @@
+"""The operators that make up a layer, composed: for arrays (``F`` is mx.nd) and for symbols."""
+
+
+def alone(F, x, gamma, beta, moving_mean, moving_var, options, use_global_stats, name="fwd"):
+    """A layer that meets nobody: one operator.
+
+    ``options`` are axis, eps, momentum and fix_gamma.
+    """
+    return F._internal._syncbn_batch_norm(
+        x,
+        gamma,
+        beta,
+        moving_mean,
+        moving_var,
+        use_global_stats=use_global_stats,
+        name=name,
+        **options,
+    )
+
+
+def together(
+    F,
+    x,
+    gamma,
+    beta,
+    moving_mean,
+    moving_var,
+    options,
+    key,
+    num_devices,
+    call,
+    names=("moments", "sum", "fwd"),
+):
+    """A layer whose devices meet: moments, the exchange, normalization.
+
+    ``num_devices`` may be None; ``call`` tells apart a key's uses in a graph.
+    """
+    data, local, coefficients = F._internal._syncbn_moments(x, axis=options["axis"], name=names[0])
+    total = F._internal._syncbn_sum(
+        local, moving_mean, key=key, num_devices=num_devices or 0, call=call, name=names[1]
+    )
+    return F._internal._syncbn_normalize(
+        data,
+        total,
+        coefficients,
+        gamma,
+        beta,
+        moving_mean,
+        moving_var,
+        name=names[2],
+        **options,
+    )
