@@ -1,9 +1,24 @@
 """Training by mx.mod.Module that several tests share."""
 
+import pathlib
+
 import mxnet as mx
 import numpy as np
 
 from gluon_syncbn import SyncBatchNorm
+
+# What `exported` gave in the first version: files of users look like that.
+EXPORTED = pathlib.Path(__file__).parent / "data" / "exported-by-0.1.0-symbol.json"
+
+
+def exported(num_devices=2):
+    """What a network exports, with an exchange of the user's own behind it."""
+    net = mx.gluon.nn.HybridSequential(prefix="net_")
+    with net.name_scope():
+        net.add(mx.gluon.nn.Conv2D(4, 3), SyncBatchNorm(num_devices=num_devices))
+        net.add(mx.gluon.nn.Dense(3), SyncBatchNorm(num_devices=1))
+    x = net(mx.sym.var("data"))
+    return mx.sym.contrib.KeyBarrierSum(x, key="own", num_devices=2, name="own") * 2
 
 
 def written(num_devices):

@@ -10,7 +10,7 @@ from mxnet.gluon.contrib.nn import SyncBatchNorm as MxnetSyncBatchNorm
 
 from gluon_syncbn import ConversionError, SyncBatchNorm, convert_symbol, revert_batchnorm
 from gluon_syncbn.exchanges import exchanges_of
-from modules import assert_same, fit, written
+from modules import EXPORTED, assert_same, exported, fit, written
 
 PARAMETERS = ("gamma", "beta", "moving_mean", "moving_var")
 
@@ -55,6 +55,23 @@ def test_names_and_shapes_stay():
     again = revert_batchnorm(after)
     assert again.tojson().count('"op": "BatchNorm"') == 3 and "_syncbn" not in again.tojson()
     assert again.list_arguments() == before.list_arguments()
+
+
+def test_files_of_the_first_version_still_work():
+    results = []
+    for sym in (exported(), mx.sym.load(str(EXPORTED))):
+        mx.random.seed(1)
+        module = mx.mod.Module(sym, label_names=None, context=[mx.cpu(0), mx.cpu(1)])
+        module.bind([("data", (6, 3, 8, 8))])
+        module.init_params(mx.init.Xavier())
+        module.init_optimizer()
+        module.forward(mx.io.DataBatch([mx.nd.random.normal(shape=(6, 3, 8, 8))]), is_train=True)
+        module.backward([mx.nd.random.normal(shape=(6, 3))])
+        module.update()
+        found, moving = module.get_params()
+        results.append({k: v.asnumpy() for k, v in {**found, **moving}.items()})
+    assert_same(*results)
+    assert (results[0]["net_batchnorm0_running_mean"] != 0).all()  # it has moved
 
 
 OPTIONS = {"eps": 0.25, "momentum": 0.5, "fix_gamma": False, "axis": -1}

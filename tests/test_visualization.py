@@ -1,24 +1,12 @@
 """mx.viz on symbols of ours: it makes assumptions about the names and shapes of outputs."""
 
-import pathlib
-
 import mxnet as mx
 import pytest
 
-from gluon_syncbn import SyncBatchNorm, convert_symbol
+from gluon_syncbn import convert_symbol
+from modules import EXPORTED, exported
 
 SHAPE = {"data": (2, 3, 8, 8)}
-EXPORTED = pathlib.Path(__file__).parent / "data" / "exported-by-0.1.0-symbol.json"
-
-
-def network(num_devices=2):
-    """What a network exports, with an exchange of the user's own behind it."""
-    net = mx.gluon.nn.HybridSequential(prefix="net_")
-    with net.name_scope():
-        net.add(mx.gluon.nn.Conv2D(4, 3), SyncBatchNorm(num_devices=num_devices))
-        net.add(mx.gluon.nn.Dense(3), SyncBatchNorm(num_devices=num_devices))
-    x = net(mx.sym.var("data"))
-    return mx.sym.contrib.KeyBarrierSum(x, key="own", num_devices=2, name="own") * 2
 
 
 def converted(num_devices):
@@ -28,8 +16,8 @@ def converted(num_devices):
 
 
 SYMBOLS = {
-    "network": network,
-    "alone": lambda: network(1),
+    "network": exported,
+    "alone": lambda: exported(1),
     "converted": lambda: converted(2),
     "converted-alone": lambda: converted(1),
     "exported": lambda: mx.sym.load(str(EXPORTED)),
