@@ -79,6 +79,7 @@ def test_the_documents_code_runs(document, tmp_path, monkeypatch):
         "inference_export",
         "key_barrier",
         "model_data_parallel",
+        "symbol",
         "sync_batch_norm",
     ],
 )

@@ -17,6 +17,7 @@ from gluon_syncbn import (
     SyncBatchNorm,
     convert_sync_batchnorm,
     parallel_backward,
+    symbol,
 )
 
 pytest.importorskip("gluoncv")
@@ -25,6 +26,7 @@ from gluoncv import model_zoo  # noqa: E402
 from gluoncv import utils as gluoncv_utils  # noqa: E402
 from gluoncv.loss import MixSoftmaxCrossEntropyLoss  # noqa: E402
 from gluoncv.model_zoo.segbase import SegEvalModel  # noqa: E402
+from gluoncv.nn import feature  # noqa: E402
 from gluoncv.utils import parallel as theirs  # noqa: E402
 
 BATCH, CLASSES = 4, ["cat", "dog"]
@@ -442,3 +444,58 @@ def test_what_ssd_appends_by_itself_is_converted():
     assert plain() == 0
     for got, was in zip(net(x), wanted):
         np.testing.assert_allclose(got.asnumpy(), was, rtol=1e-4, atol=1e-5)
+
+
+def pyramid(norm_layer, **options):
+    """Faster R-CNN's, on a small backbone; it names only layers that are MXNet's own function."""
+    backbone = nn.HybridSequential(prefix="backbone_")
+    with backbone.name_scope():
+        for width in (8, 8, 12, 12):
+            backbone.add(nn.Conv2D(width, 3, strides=2, padding=1, activation="relu"))
+    with mx.name.NameManager():  # the same names every time
+        return feature.FPNFeatureExpander(
+            backbone,
+            [f"conv{i}_relu_fwd" for i in range(4)],
+            num_filters=[6] * 4,
+            use_p6=True,
+            p6_conv=True,
+            norm_layer=norm_layer,
+            norm_kwargs=options,
+        )
+
+
+def test_a_pyramid_of_symbols(tmp_path):
+    """What takes sym_norm_layer=mx.sym.contrib.SyncBatchNorm takes ours."""
+    contexts, file = [mx.cpu(0), mx.cpu(1)], str(tmp_path / "pyramid.params")
+    x = mx.nd.random.normal(shape=(5, 3, 64, 64))
+    results = []
+    for devices in (1, 2):
+        net = pyramid(symbol.SyncBatchNorm, ndev=devices)
+        if devices == 1:
+            net.initialize(mx.init.Uniform(0.3))
+            net(x)
+            net.save_parameters(file)
+        net.load_parameters(file, ctx=contexts[:devices])
+        parts = gluon.utils.split_and_load(x, contexts[:devices], even_split=False)
+        with autograd.record():
+            outs = ModelDataParallel(net, contexts[:devices])(parts)
+            losses = [sum((y**2).sum() for y in out) for out in outs]
+        parallel_backward(losses)
+        mx.nd.waitall()
+        states = {n: p.data().asnumpy() for n, p in net.collect_params(".*moving.*").items()}
+        gradients = {
+            name: sum(g.asnumpy() for g in p.list_grad())
+            for name, p in net.collect_params(".*P.*weight").items()
+        }
+        results.append({"loss": sum(y.asscalar() for y in losses), **states, **gradients})
+    assert len(results[0]) > 25 and results[0].keys() == results[1].keys()
+    for name, wanted in results[0].items():
+        scale = np.abs(wanted).max()
+        np.testing.assert_allclose(results[1][name], wanted, atol=1e-4 * scale, err_msg=name)
+
+
+def test_a_pyramid_keeps_its_names(monkeypatch):
+    """Where the function that GluonCV compares with is ours, as the documentation says."""
+    wanted = pyramid(feature.SyncBatchNorm, ndev=2).collect_params().keys()
+    monkeypatch.setattr(feature, "SyncBatchNorm", symbol.SyncBatchNorm)
+    assert pyramid(symbol.SyncBatchNorm, ndev=2).collect_params().keys() == wanted

@@ -10,19 +10,9 @@ from mxnet.gluon.contrib.nn import SyncBatchNorm as MxnetSyncBatchNorm
 
 from gluon_syncbn import ConversionError, SyncBatchNorm, convert_symbol, revert_batchnorm
 from gluon_syncbn.exchanges import exchanges_of
+from modules import EXPORTED, assert_same, exported, fit, written
 
 PARAMETERS = ("gamma", "beta", "moving_mean", "moving_var")
-
-
-def written(num_devices):
-    """A network in mx.sym; a layer called on a symbol is part of it."""
-    x = mx.sym.var("data")
-    for i, width in enumerate((6, 8)):
-        x = mx.sym.Convolution(x, num_filter=width, kernel=(3, 3), no_bias=True, name=f"conv{i}")
-        x = SyncBatchNorm(num_devices=num_devices, prefix=f"norm{i}_")(x)
-        x = mx.sym.Activation(x, act_type="relu", name=f"relu{i}")
-    x = mx.sym.FullyConnected(x, num_hidden=4, name="dense")
-    return mx.sym.SoftmaxOutput(x, mx.sym.var("softmax_label"), name="softmax")
 
 
 def plain(**options):
@@ -35,33 +25,6 @@ def plain(**options):
     x = mx.sym.BatchNorm(x, name="last", eps=1e-3, **options)  # fix_gamma
     x = mx.sym.FullyConnected(x, num_hidden=4, name="dense")
     return mx.sym.SoftmaxOutput(x, mx.sym.var("softmax_label"), name="softmax")
-
-
-def fit(sym, devices, epochs=2, arguments=None, states=None):
-    """Train and return {name: array}."""
-    mx.random.seed(1)
-    np.random.seed(1)
-    rng = np.random.RandomState(2)
-    data, labels = rng.randn(24, 3, 8, 8).astype("float32"), rng.randint(0, 4, 24)
-    batches = mx.io.NDArrayIter(data, labels.astype("float32"), batch_size=8)
-    module = mx.mod.Module(sym, context=[mx.cpu(i) for i in range(devices)])
-    module.fit(
-        batches,
-        num_epoch=epochs,
-        optimizer="sgd",
-        optimizer_params={"learning_rate": 0.1, "momentum": 0.9},
-        initializer=mx.init.Xavier(),
-        arg_params=arguments,
-        aux_params=states,
-    )
-    found, moving = module.get_params()
-    return {k: v.asnumpy() for k, v in {**found, **moving}.items()}
-
-
-def assert_same(got, wanted):
-    assert got.keys() == wanted.keys()
-    for name in got:
-        np.testing.assert_allclose(got[name], wanted[name], atol=2e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +55,23 @@ def test_names_and_shapes_stay():
     again = revert_batchnorm(after)
     assert again.tojson().count('"op": "BatchNorm"') == 3 and "_syncbn" not in again.tojson()
     assert again.list_arguments() == before.list_arguments()
+
+
+def test_files_of_the_first_version_still_work():
+    results = []
+    for sym in (exported(), mx.sym.load(str(EXPORTED))):
+        mx.random.seed(1)
+        module = mx.mod.Module(sym, label_names=None, context=[mx.cpu(0), mx.cpu(1)])
+        module.bind([("data", (6, 3, 8, 8))])
+        module.init_params(mx.init.Xavier())
+        module.init_optimizer()
+        module.forward(mx.io.DataBatch([mx.nd.random.normal(shape=(6, 3, 8, 8))]), is_train=True)
+        module.backward([mx.nd.random.normal(shape=(6, 3))])
+        module.update()
+        found, moving = module.get_params()
+        results.append({k: v.asnumpy() for k, v in {**found, **moving}.items()})
+    assert_same(*results)
+    assert (results[0]["net_batchnorm0_running_mean"] != 0).all()  # it has moved
 
 
 OPTIONS = {"eps": 0.25, "momentum": 0.5, "fix_gamma": False, "axis": -1}
@@ -160,7 +140,8 @@ def test_no_two_symbols_meet():
 
 def test_defaults_of_ours_written_by_hand():
     layer = mx.sym._internal._syncbn_batch_norm(mx.sym.var("data"), name="norm")
-    (node,) = [n for n in json.loads(revert_batchnorm(layer).tojson())["nodes"] if "attrs" in n]
+    nodes = json.loads(revert_batchnorm(layer).tojson())["nodes"]
+    (node,) = [node for node in nodes if node["op"] == "BatchNorm"]
     assert float(node["attrs"]["eps"]) == 1e-5 and node["attrs"]["fix_gamma"] == "False"
 
 

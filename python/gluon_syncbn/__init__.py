@@ -5,7 +5,14 @@ from .compatibility import check_environment
 check_environment()
 
 # What MXNet 1.9.1 is right beside must be checked before these import it.
-from . import gluon_hooks, mixed_precision, traced_calls  # noqa: E402
+from . import (  # noqa: E402
+    executors,
+    gluon_hooks,
+    initial_states,
+    mixed_precision,
+    symbol,
+    traced_calls,
+)
 from .conversion import convert_symbol, convert_sync_batchnorm, revert_batchnorm  # noqa: E402
 from .data_parallel_criterion import DataParallelCriterion  # noqa: E402
 from .data_parallel_model import DataParallelModel  # noqa: E402
@@ -18,6 +25,8 @@ from .sync_batch_norm import BatchNorm, SyncBatchNorm  # noqa: E402
 
 traced_calls.install()
 gluon_hooks.install()
+executors.install()
+initial_states.install()
 mixed_precision.list_operators()  # amp wants them to exist
 
 __version__ = "0.1.0"
@@ -36,4 +45,5 @@ __all__ = [
     "parallel_backward",
     "revert_batchnorm",
     "set_timeout",
+    "symbol",
 ]

@@ -182,6 +182,22 @@ def _raised(future, error):
     return future.done() and future.exception() is error
 
 
+def run_on(device, function):
+    """Run a function in a device's thread, and give its result or raise what it raises.
+
+    In the caller's modes.  From a device's thread it runs right there: two that waited for each
+    other would do so for ever.
+    """
+    if random_state.is_device_thread():
+        return function()
+    this_run = _Run()
+    this_run.submit([(device, function)], passes.current())
+    error = this_run.first_error()
+    if error is not None:
+        raise error
+    return this_run.results()[0]
+
+
 def run(tasks, a_pass=None, fail=None):
     """Run one function per device, each in its device's thread, and give their results.
 

@@ -33,14 +33,18 @@ class Node:
         """A boolean parameter of the operator, with the operator's default."""
         return self.attrs.get(name, str(default)).lower() in ("true", "1")
 
+    def inside(self):
+        """The nodes in the bodies of a control flow operator, without what they read."""
+        pending, found = list(self._more.get("subgraphs", ())), []
+        while pending:
+            for entry in pending.pop()["nodes"]:
+                found.append(Node(entry["op"], entry["name"], entry.get("attrs")))
+                pending.extend(entry.get("subgraphs", ()))
+        return found
+
     def operators_inside(self):
         """Names of the operators in the bodies of a control flow operator."""
-        pending, found = list(self._more.get("subgraphs", ())), set()
-        while pending:
-            for node in pending.pop()["nodes"]:
-                found.add(node["op"])
-                pending.extend(node.get("subgraphs", ()))
-        return found
+        return {node.op for node in self.inside()}
 
 
 class Graph:

@@ -82,6 +82,9 @@ def synchronize(graph, num_devices=None):
         options = _options(node)
         data, gamma, beta, mean, variance = node.inputs
         user = node.user_attrs
+        for (state, _), value in ((mean, "zero"), (variance, "one")):
+            if state.is_variable:  # as MXNet marks them; files of other programs may lack it
+                state.attrs.setdefault("__init__", f'["{value}", {{}}]')
         if node.flag("use_global_stats", False) or num_devices == 1:
             attrs = {**options, **user}
             new[node] = Node("_syncbn_batch_norm", node.name, attrs, node.inputs)

@@ -9,6 +9,7 @@ from mxnet import autograd
 from mxnet.gluon import nn
 from mxnet.ndarray import NDArray
 
+from .chain import alone, together
 from .numpy_arrays import either_kind
 from .passes import Exchange, begin
 from .traced_calls import next_call
@@ -16,7 +17,15 @@ from .traced_calls import next_call
 # No two layers of a process ever meet under one key, not even one after the other.
 _keys = weakref.WeakKeyDictionary()  # layer -> its key
 _layers_named = Counter()
-_lock = threading.Lock()
+_lock = threading.RLock()
+
+
+def unique_key(name):
+    """A key that no layer of this process has had, by a layer's name."""
+    with _lock:
+        _layers_named[name] += 1
+        count = _layers_named[name]
+        return name if count == 1 else f"{name}#{count}"
 
 
 def checked_num_devices(num_devices):
@@ -208,10 +217,7 @@ default 'zeros' and 'ones'
         """The name under which the devices meet: the layer's prefix, made unique."""
         with _lock:
             if self not in _keys:
-                name = self.prefix or self._alias()
-                _layers_named[name] += 1
-                count = _layers_named[name]
-                _keys[self] = name if count == 1 else f"{name}#{count}"
+                _keys[self] = unique_key(self.prefix or self._alias())
             return _keys[self]
 
     @property
@@ -225,8 +231,8 @@ default 'zeros' and 'ones'
         self, F, x, gamma, beta, running_mean, running_var, num_batches_tracked=None
     ):
         options = {k: self._kwargs[k] for k in ("axis", "eps", "momentum", "fix_gamma")}
-        of_the_batch = {} if self.track_running_stats else {"use_batch_stats": True}
-        options.update(of_the_batch)
+        if not self.track_running_stats:
+            options["use_batch_stats"] = True
         if options["momentum"] is None:
             del options["momentum"]
             if num_batches_tracked is not None:
@@ -234,43 +240,24 @@ default 'zeros' and 'ones'
         own = self._kwargs["use_global_stats"]
         # A graph learns only when it runs whether it is in training; a call of ours knows now.
         if own or self.num_devices == 1 or isinstance(x, NDArray) and not autograd.is_training():
-            return F._internal._syncbn_batch_norm(
-                x,
-                gamma,
-                beta,
-                running_mean,
-                running_var,
-                use_global_stats=own,
-                name="fwd",
-                **options,
-            )
+            return alone(F, x, gamma, beta, running_mean, running_var, options, own)
         if isinstance(x, NDArray):
             begin([self.exchange], x.context)
-        handed, local, coefficients = F._internal._syncbn_moments(
-            x, axis=options["axis"], name="moments", **of_the_batch
-        )
         call = 0
         if not isinstance(x, NDArray):
             # A graph may run a layer's several uses in any order, so each gets a number.
             call = next_call(self.key)
-        total = F._internal._syncbn_sum(
-            local,
-            running_mean,
-            key=self.key,
-            num_devices=self.num_devices or 0,
-            call=call,
-            name="sum",
-        )
-        return F._internal._syncbn_normalize(
-            handed,
-            total,
-            coefficients,
+        return together(
+            F,
+            x,
             gamma,
             beta,
             running_mean,
             running_var,
-            name="fwd",
-            **options,
+            options,
+            self.key,
+            self.num_devices,
+            call,
         )
 
 

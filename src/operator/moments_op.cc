@@ -84,7 +84,7 @@ class MomentsProperty : public ParameterizedProperty<MomentsProperty, MomentsPar
   }
 
   std::vector<std::string> ListOutputs() const override {
-    return {"handed", "statistics", "coefficients"};
+    return {"output", "statistics", "coefficients"};
   }
 
   bool InferShape(mxnet::ShapeVector* in, mxnet::ShapeVector* out,

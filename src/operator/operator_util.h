@@ -78,8 +78,10 @@ inline FeatureShape ToFeatureShape(const mxnet::TShape& shape, int axis) {
   return s;
 }
 
+// What one operator hands to the next per channel: a row, because mx.viz.print_summary takes away
+// an output's first dimension and looks at the next.
 inline mxnet::TShape VectorShape(std::size_t size) {
-  return mxnet::TShape(1, static_cast<nnvm::dim_t>(size));
+  return mxnet::TShape({1, static_cast<nnvm::dim_t>(size)});
 }
 
 // Makes two shapes or types of an operator the same; throws when they are known and differ.

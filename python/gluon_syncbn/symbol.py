@@ -1,0 +1,127 @@
+"""The layer for networks that are written as symbols: a function, as ``mx.sym.BatchNorm`` is."""
+
+from mxnet import symbol
+from mxnet.attribute import AttrScope
+from mxnet.name import NameManager
+
+from .chain import alone, together
+from .sync_batch_norm import checked_num_devices, unique_key
+from .traced_calls import next_call
+
+__all__ = ["SyncBatchNorm"]
+
+
+def SyncBatchNorm(  # noqa: N802: the name of MXNet's
+    data=None,
+    gamma=None,
+    beta=None,
+    moving_mean=None,
+    moving_var=None,
+    eps=1e-3,
+    momentum=0.9,
+    fix_gamma=True,
+    use_global_stats=False,
+    output_mean_var=False,
+    ndev=None,
+    key=None,
+    name=None,
+    attr=None,
+    axis=1,
+    num_devices=None,
+):
+    """Synchronized batch normalization of a symbol.
+
+    It takes the place of :func:`mxnet.symbol.contrib.SyncBatchNorm`: the same arguments in the same
+    order, with the same defaults (which are not those of the Gluon layer), and the same names of
+    arguments, auxiliary states and outputs, so checkpoints go both ways.
+
+    Parameters
+    ----------
+    data : Symbol
+        float16, float32 or float64, of 2 or more dimensions.
+    gamma, beta, moving_mean, moving_var : Symbol, optional
+        Of shape (channels,); by default variables ``NAME_gamma`` and so on.
+    eps : float, default 1e-3
+        Added to the variance.
+    momentum : float, default 0.9
+        How much the moving statistics keep of what they were.
+    fix_gamma : bool, default True
+        Take gamma as 1.
+    use_global_stats : bool, default False
+        Normalize by the moving statistics in training, too.
+    output_mean_var : bool, default False
+        Only False: ours has no such outputs.
+    ndev, num_devices : int or None, default None
+        Two names for how many devices take part.  For :class:`mxnet.mod.Module`, the number of its
+        contexts.  None is what :class:`ModelDataParallel` says for a SymbolBlock, and without one
+        the number of visible GPUs, or 1.  (MXNet's default is 1.)
+    key : str, optional
+        The name under which the devices meet; by default one that no other layer has.
+    name : str, optional
+        Of the layer; by default ``syncbatchnorm0`` and so on.
+    attr : dict of str to str, optional
+        Attributes of its nodes.
+    axis : int, default 1
+        The channel axis; negative from the end.
+
+    Returns
+    -------
+    Symbol
+        As ``data``.
+
+    Raises
+    ------
+    TypeError
+        If ``data`` is no Symbol, or ``key`` no string.
+    ValueError
+        If the number of devices is neither None nor a positive integer, or given twice and not
+        equal, if ``key`` is empty, or ``output_mean_var`` is set.
+
+    Examples
+    --------
+    >>> import mxnet as mx
+    >>> from gluon_syncbn.symbol import SyncBatchNorm
+    >>> SyncBatchNorm(mx.sym.var("data"), ndev=2, name="bn").list_arguments()
+    ['data', 'bn_gamma', 'bn_beta']
+    """
+    if data is not None and not isinstance(data, symbol.Symbol):
+        raise TypeError(
+            f"data must be a Symbol, but is a {type(data).__name__}; "
+            "for arrays use the layer, gluon_syncbn.SyncBatchNorm"
+        )
+    if output_mean_var:
+        raise ValueError(
+            "output_mean_var: the mean and variance of the batch are no outputs of this layer; "
+            "leave it out, or use mx.sym.BatchNorm where they are needed"
+        )
+    if key is not None and not isinstance(key, str):
+        raise TypeError(f"key must be a string, but is a {type(key).__name__}")
+    if key == "":
+        raise ValueError("key must not be empty; leave it out for one that no other layer has")
+    num_devices = _one_number(ndev, num_devices)
+
+    name = _full_name(name)
+    # MXNet's own operator makes the variables: their names, marks and attributes are right then.
+    with NameManager(), AttrScope(**(attr or {})):
+        plain = symbol.BatchNorm(data, gamma, beta, moving_mean, moving_var, name=name)
+        inputs = list(plain.get_children())
+        options = {"axis": axis, "eps": eps, "momentum": momentum, "fix_gamma": fix_gamma}
+        if use_global_stats or num_devices == 1:
+            return alone(symbol, *inputs, options, use_global_stats, name)
+        key = unique_key(name) if key is None else key
+        names = f"{name}_moments", f"{name}_sum", name
+        return together(symbol, *inputs, options, key, num_devices, next_call(key), names)
+
+
+def _full_name(name):
+    """As MXNet names an operator: numbered where it has no name, with the prefix of the scope."""
+    if not hasattr(NameManager._current, "value"):  # a thread's first
+        NameManager._current.value = NameManager()
+    return NameManager._current.value.get(name, "syncbatchnorm")
+
+
+def _one_number(ndev, num_devices):
+    numbers = {checked_num_devices(n) for n in (ndev, num_devices) if n is not None}
+    if len(numbers) > 1:
+        raise ValueError(f"ndev={ndev} and num_devices={num_devices} differ; give one of them")
+    return numbers.pop() if numbers else None
