@@ -1,8 +1,10 @@
 // A call of an asynchronous operator, from its start to its completion.
 //
-// Its result is written, and the call completed, in an operation of its own that is queued to the
-// device's worker: only after the call has returned, because MXNet looks at its own record of the
-// call then, and a graph that is freed as soon as its result is there would take the record away.
+// It is never completed before MXNet has left its own code around the call (call_frame.h).  Where
+// that code is a graph's, the result is written and the call completed in an operation of its own
+// that is queued to the workers of the call's device: taken by the worker that made the call, it
+// completes it; another one puts it back until the first has been seen outside.  A device has one
+// worker on a CPU, unless MXNET_CPU_WORKER_NTHREADS says more, and two on a GPU.
 // (With MXEnginePushSync, MXNet might put that operation into one bulk with those who wait for it.)
 #pragma once
 
@@ -21,6 +23,7 @@
 #include <utility>
 #include <vector>
 
+#include "call_frame.h"
 #include "device_values.h"
 
 namespace gluon_syncbn {
@@ -28,7 +31,11 @@ namespace gluon_syncbn {
 class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
  public:
   AsynchronousCall(const mxnet::OpContext& ctx, mxnet::OpReqType req, const mxnet::TBlob& to)
-      : context_(ctx.run_ctx.ctx), on_complete_(ctx.async_on_complete), req_(req), to_(to) {}
+      : frame_(ctx),
+        context_(ctx.run_ctx.ctx),
+        on_complete_(ctx.async_on_complete),
+        req_(req),
+        to_(to) {}
 
   // On a GPU, before a thread of CUDA's may end the call: the engine starts a device's worker when
   // its first operation is queued, and waits until that has set up CUDA.
@@ -43,56 +50,65 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
     MXEnginePushAsync(nothing, nullptr, nullptr, &context_, nullptr, 0, nullptr, 0);
   }
 
-  // One of these three, once; the first two from any thread.
+  // One of these two, once, from any thread.  The call is not complete before Leave.
   void Succeed(std::vector<double> result) {
     result_ = std::move(result);
-    if (state_.exchange(kReady) == kLeft) Queue();
+    if (state_.exchange(kReady) == kLeft) Deliver();
   }
   void Fail(const std::string& error) {
     error_ = error;
-    if (state_.exchange(kReady) == kLeft) Queue();
-  }
-
-  // On a CPU and from the call's own thread: the call is complete when this returns.  For calls
-  // after which whoever comes next needs this thread, so that nobody can be ahead of it.
-  void SucceedNow(const std::vector<double>& result) {
-    WriteValues({context_, nullptr, nullptr, false}, result, req_, to_);
-    state_ = kComplete;
-    on_complete_();
+    if (state_.exchange(kReady) == kLeft) Deliver();
   }
 
   // From the call's thread, at its end.  Where the result is about to come it stays a moment: a
   // worker that goes to sleep and is woken again takes longer than most rounds.  Nobody depends on
   // its staying, so nothing can deadlock.
   void Leave(bool linger) {
-    if (linger) {
-      const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
-      while (state_.load() == kInside && std::chrono::steady_clock::now() < end) {
-        std::this_thread::yield();
-      }
-    }
-    left_at_ = std::chrono::steady_clock::now();
-    if (state_.exchange(kLeft) == kReady) Queue();
+    if (linger) StayUntil([this] { return state_.load() != kInside; });
+    if (state_.exchange(kLeft) == kReady) Deliver();
   }
 
  private:
   enum State { kInside, kLeft, kReady, kComplete };
 
-  void Queue() {
-    using Self = std::shared_ptr<AsynchronousCall>;
-    auto self = std::make_unique<Self>(shared_from_this());
-    const int failed = MXEnginePushAsync(
-        [](void* run, void* done, void* self) {
-          (*static_cast<Self*>(self))->Complete(static_cast<mxnet::RunContext*>(run));
-          (*static_cast<mxnet::engine::CallbackOnComplete*>(done))();
-        },
-        self.get(),
-        // When the process ends, the engine no longer runs what is queued, but deletes it.
-        [](void* self) {
-          const std::unique_ptr<Self> call(static_cast<Self*>(self));
-          (*call)->Complete(nullptr);
-        },
-        &context_, nullptr, 0, nullptr, 0);
+  // What the engine owns while a completion is queued.
+  struct Queued {
+    std::shared_ptr<AsynchronousCall> call;
+    int times;  // that it has been put back
+    bool taken = false;
+
+    static void Run(void* run, void* done, void* self) {
+      auto& queued = *static_cast<Queued*>(self);
+      queued.taken = true;
+      queued.call->Taken(static_cast<mxnet::RunContext*>(run), queued.times);
+      (*static_cast<mxnet::engine::CallbackOnComplete*>(done))();
+    }
+    // When the process ends, the engine no longer runs what is queued; its workers delete it.
+    static void Delete(void* self) {
+      const std::unique_ptr<Queued> queued(static_cast<Queued*>(self));
+      if (!queued->taken) queued->call->Taken(nullptr, queued->times);
+    }
+  };
+
+  template <typename Predicate>
+  static void StayUntil(const Predicate& predicate) {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+    while (!predicate() && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+  }
+
+  void Deliver() {
+    if (frame_.RecordIsLocal() && !OnGpu(context_)) {
+      const mxnet::RunContext here{context_, nullptr, nullptr, false};
+      Complete(&here);
+    } else {
+      Queue(0);  // a result on a GPU is written on its worker's stream
+    }
+  }
+
+  void Queue(int times) {
+    auto self = std::make_unique<Queued>(Queued{shared_from_this(), times});
+    const int failed = MXEnginePushAsync(&Queued::Run, self.get(), &Queued::Delete, &context_,
+                                         nullptr, 0, nullptr, 0);
     if (failed == 0) {
       self.release();  // the engine deletes it
     } else {
@@ -101,15 +117,22 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
     }
   }
 
-  // `run`: null where nobody will see the result.
+  // By a worker of the device, from its queue.  `run`: null where nobody will see the result.
+  void Taken(const mxnet::RunContext* run, int times) {
+    CallFrame::Visit();
+    if (frame_.Left()) return Complete(run);
+    Queue(times + 1);
+    // Let the worker that made the call be the next who takes it.  One that has left but is busy
+    // with something else may be so for long.
+    if (times < 4) {
+      StayUntil([this] { return frame_.Left(); });
+    } else {
+      std::this_thread::sleep_for(std::chrono::microseconds(100));
+    }
+  }
+
   void Complete(const mxnet::RunContext* run) {
     if (state_.exchange(kComplete) == kComplete) return;
-    // On another worker of the device (a GPU has two) the call may be just about to return.
-    const auto returned = left_at_ + std::chrono::microseconds(50);
-    while (run != nullptr && std::this_thread::get_id() != caller_ &&
-           std::chrono::steady_clock::now() < returned) {
-      std::this_thread::yield();
-    }
     try {
       if (run != nullptr && error_.empty()) WriteValues(*run, result_, req_, to_);
     } catch (const std::exception& e) {
@@ -123,12 +146,11 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
     on_complete_(&failure);
   }
 
+  const CallFrame frame_;
   mxnet::Context context_;
   const mxnet::engine::CallbackOnComplete on_complete_;
   const mxnet::OpReqType req_;
   const mxnet::TBlob to_;
-  const std::thread::id caller_ = std::this_thread::get_id();
-  std::chrono::steady_clock::time_point left_at_;
   std::vector<double> result_;
   std::string error_;
   std::atomic<State> state_{kInside};

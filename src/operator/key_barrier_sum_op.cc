@@ -117,7 +117,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
     ReadValues(ctx.run_ctx.ctx, from, [=](std::vector<double> values, const std::string& error) {
       if (!error.empty()) return call->Fail(error);
       if (forward) exchanged_ = IsExchanged(values, num_devices);
-      if (!exchanged_) return gpu ? call->Succeed(std::move(values)) : call->SucceedNow(values);
+      if (!exchanged_) return call->Succeed(std::move(values));
       if (forward) {
         ArriveForward(std::move(values), num_devices, call);
       } else {

@@ -1,0 +1,46 @@
+// Faults on demand, for tests that preload this (faults.py): what a healthy machine never does.
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+
+// How many of the next calls fail.
+atomic_int faults_pushes, faults_threads;
+// 1: the next push stays in the call when it has pushed, and says 2 here, until this is 0.
+atomic_int faults_hold_push;
+
+static bool Fails(atomic_int* left) {
+  int n = atomic_load(left);
+  while (n > 0) {
+    if (atomic_compare_exchange_weak(left, &n, n - 1)) return true;
+  }
+  return false;
+}
+
+// MXNet's own, in its library that only Python and ours see.
+int MXEnginePushAsync(void* function, void* parameter, void* deleter, void* context,
+                      void* const_vars, int num_const_vars, void* mutable_vars,
+                      int num_mutable_vars, void* property, int priority, const char* name,
+                      bool wait) {
+  int (*push)(void*, void*, void*, void*, void*, int, void*, int, void*, int, const char*, bool) =
+      dlsym(dlopen("libmxnet.so", RTLD_LAZY | RTLD_NOLOAD), "MXEnginePushAsync");
+  if (Fails(&faults_pushes)) num_const_vars = -1;  // which MXNet refuses
+  const int failed = push(function, parameter, deleter, context, const_vars, num_const_vars,
+                          mutable_vars, num_mutable_vars, property, priority, name, wait);
+  int hold = 1;
+  if (atomic_compare_exchange_strong(&faults_hold_push, &hold, 2)) {
+    while (atomic_load(&faults_hold_push) != 0) sched_yield();
+  }
+  return failed;
+}
+
+int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*start)(void*),
+                   void* argument) {
+  int (*create)(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*) =
+      dlsym(RTLD_NEXT, "pthread_create");
+  return Fails(&faults_threads) ? EAGAIN : create(thread, attributes, start, argument);
+}
