@@ -7,11 +7,14 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
+#include <unistd.h>
 
 // How many of the next calls fail.
 atomic_int faults_pushes, faults_threads;
 // 1: the next push stays in the call when it has pushed, and says 2 here, until this is 0.
 atomic_int faults_hold_push;
+// 1: the next thread that is started keeps its starter for a second, and says 2 here.
+atomic_int faults_hold_thread;
 
 static bool Fails(atomic_int* left) {
   int n = atomic_load(left);
@@ -31,8 +34,8 @@ int MXEnginePushAsync(void* function, void* parameter, void* deleter, void* cont
   if (Fails(&faults_pushes)) num_const_vars = -1;  // which MXNet refuses
   const int failed = push(function, parameter, deleter, context, const_vars, num_const_vars,
                           mutable_vars, num_mutable_vars, property, priority, name, wait);
-  int hold = 1;
-  if (atomic_compare_exchange_strong(&faults_hold_push, &hold, 2)) {
+  int once = 1;
+  if (atomic_compare_exchange_strong(&faults_hold_push, &once, 2)) {
     while (atomic_load(&faults_hold_push) != 0) sched_yield();
   }
   return failed;
@@ -42,5 +45,9 @@ int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*
                    void* argument) {
   int (*create)(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*) =
       dlsym(RTLD_NEXT, "pthread_create");
-  return Fails(&faults_threads) ? EAGAIN : create(thread, attributes, start, argument);
+  if (Fails(&faults_threads)) return EAGAIN;
+  const int failed = create(thread, attributes, start, argument);
+  int once = 1;
+  if (atomic_compare_exchange_strong(&faults_hold_thread, &once, 2)) sleep(1);
+  return failed;
 }

@@ -16,7 +16,7 @@ import mxnet as mx
 import gluon_syncbn
 faults = types.SimpleNamespace(**{
     name: ctypes.c_int.in_dll(ctypes.CDLL(None), "faults_" + name)
-    for name in ("pushes", "threads", "hold_push")
+    for name in ("pushes", "threads", "hold_push", "hold_thread")
 })
 """
 

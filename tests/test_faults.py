@@ -29,3 +29,74 @@ assert executor.outputs[0].asnumpy().tolist() == [1, 1, 1]
 """,
         MXNET_CPU_WORKER_NTHREADS="2",
     )
+
+
+FORK = """
+import os
+import signal
+import sys
+import threading
+from gluon_syncbn.library import DONE, LIBRARY
+
+def exchange():
+    xs = [mx.nd.ones(3, ctx=mx.cpu(i)) for i in range(2)]
+    ys = [mx.nd.contrib.KeyBarrierSum(x, key="k", num_devices=2) for x in xs]
+    assert [y.asnumpy().tolist() for y in ys] == [[2, 2, 2]] * 2
+
+def in_child(function):
+    process = os.fork()
+    if process == 0:
+        signal.alarm(20)  # ends it even where it holds the GIL
+        function()
+        sys.exit(0)
+    return os.waitpid(process, 0)[1]
+"""
+
+
+def test_a_forked_child_exchanges_and_ends():
+    faults.run(
+        FORK
+        + """
+def exchange_and_set():
+    assert gluon_syncbn.get_timeout() == 23
+    exchange()
+    gluon_syncbn.set_timeout(7)
+
+def fork_again():
+    assert in_child(exchange) == 0
+
+gluon_syncbn.set_timeout(23)
+exchange()  # the barrier's own thread runs from here on, in the parent
+failed = [child for child in (int, exchange, exchange_and_set, fork_again) if in_child(child) != 0]
+assert not failed, failed
+exchange()
+"""
+    )
+
+
+def test_a_fork_while_another_thread_is_in_the_barrier():
+    """It holds the barrier's lock, which nobody could give back in the child."""
+    faults.run(
+        FORK
+        + """
+def arrive():
+    faults.hold_thread.value = 1
+    LIBRARY.GluonSyncBNBarrierArrive(
+        None, b"other", 0, 0, b"cpu", b"device 0", 2, (ctypes.c_double * 1)(1), 1, done, None
+    )
+
+def run():
+    gluon_syncbn.set_timeout(7)
+    exchange()
+
+done = DONE(lambda *_: None)
+for i in range(2):
+    mx.nd.ones(3, ctx=mx.cpu(i)).wait_to_read()  # the engine has its threads
+thread = threading.Thread(target=arrive)
+thread.start()
+while faults.hold_thread.value != 2:
+    pass
+assert in_child(run) == 0
+thread.join()
+"""
+    )

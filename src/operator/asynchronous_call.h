@@ -17,6 +17,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <set>
 #include <string>
 #include <thread>
@@ -40,10 +41,8 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
   // On a GPU, before a thread of CUDA's may end the call: the engine starts a device's worker when
   // its first operation is queued, and waits until that has set up CUDA.
   void NeedWorker() {
-    static std::mutex mutex;
-    static std::set<int> started;
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (!started.insert(context_.dev_id).second) return;
+    const std::lock_guard<std::mutex> lock(All().starting);
+    if (!All().started.insert(context_.dev_id).second) return;
     const auto nothing = [](void*, void* done, void*) {
       (*static_cast<mxnet::engine::CallbackOnComplete*>(done))();
     };
@@ -68,7 +67,27 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
     if (state_.exchange(kLeft) == kReady) Deliver();
   }
 
+  // After a fork; see fork_handlers.cc.
+  static void EngineHasNewWorkers() {
+    const std::lock_guard<std::mutex> lock(All().starting);
+    All().started.clear();
+  }
+  static void RestartInChild() {
+    new (&All()) Shared;
+  }  // a lock may be another thread's, left behind
+
  private:
+  // What all calls of the process share.
+  struct Shared {
+    std::mutex failing;     // held by whoever tells the engine of a failure
+    std::mutex starting;    // of a GPU's workers
+    std::set<int> started;  // the GPUs whose workers run
+  };
+  static Shared& All() {
+    static Shared shared;
+    return shared;
+  }
+
   enum State { kInside, kLeft, kReady, kComplete };
 
   // What the engine owns while a completion is queued.
@@ -140,8 +159,7 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
     }
     if (error_.empty()) return on_complete_();
     // The engine keeps a list of failures without a lock; see KeyBarrier::Fail.
-    static std::mutex one_at_a_time;
-    const std::lock_guard<std::mutex> lock(one_at_a_time);
+    const std::lock_guard<std::mutex> lock(All().failing);
     const dmlc::Error failure(error_);
     on_complete_(&failure);
   }

@@ -1,9 +1,8 @@
 // See key_barrier.h.
 #include "key_barrier.h"
 
-#include <unistd.h>
-
 #include <algorithm>
+#include <new>
 #include <sstream>
 
 namespace gluon_syncbn {
@@ -43,13 +42,23 @@ KeyBarrier::~KeyBarrier() {
     stop_ = true;
   }
   wake_.notify_all();
-  if (!watch_.joinable()) return;
-  // After a fork the thread exists in the parent only.
-  if (watch_pid_ == getpid()) {
-    watch_.join();
-  } else {
-    watch_.detach();
-  }
+  if (watch_.joinable()) watch_.join();
+}
+
+KeyBarrier::Inheritance KeyBarrier::BeforeFork() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return {timeout_, members_};
+}
+
+void KeyBarrier::RestartInChild(Inheritance inheritance) {
+  const std::uint64_t next_turn = next_turn_, next_round = next_round_, failures = failures_;
+  // What was here is left, not destroyed: nobody knows in what state it is.
+  KeyBarrier* const anew = new (this) KeyBarrier(1.0);
+  anew->timeout_ = inheritance.timeout;
+  anew->members_ = std::move(inheritance.members);
+  anew->next_turn_ = next_turn;  // operators that were made before keep their numbers
+  anew->next_round_ = next_round;
+  anew->failures_ = failures;
 }
 
 void KeyBarrier::Arrive(Arrival arrival, Completion done) {
@@ -309,10 +318,7 @@ std::uint64_t KeyBarrier::Failures() const {
 // before now + timeout need not be woken: in the steady state an arrival costs no system call.
 void KeyBarrier::StartWatch() {
   const Clock::time_point deadline = Clock::now() + timeout_;
-  const int pid = getpid();
-  if (watch_pid_ != pid) {
-    if (watch_.joinable()) watch_.detach();  // it stayed in the parent of a fork
-    watch_pid_ = pid;
+  if (!watch_.joinable()) {
     next_look_ = deadline;
     watch_ = std::thread(&KeyBarrier::Watch, this);
   } else if (deadline < next_look_) {

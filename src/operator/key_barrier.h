@@ -85,6 +85,18 @@ class KeyBarrier {
   // Fails every open round and every later arrival: the process is going away.
   void Close(const std::string& why);
 
+  // A fork.  The child has this object as it is at that moment, perhaps in the middle of a change
+  // by a thread that it does not have, and under its lock; the barrier's own thread it does not
+  // have either.  So the thread that forks takes with it what the child needs, and there the
+  // barrier starts anew.  (To hold the lock until the fork is no way: MXNet, which has been told
+  // before us, lets the exchanges that are under way end first.)
+  struct Inheritance {
+    std::chrono::steady_clock::duration timeout;
+    std::map<std::string, int> members;
+  };
+  Inheritance BeforeFork() const;
+  void RestartInChild(Inheritance inheritance);
+
   void SetTimeout(double seconds);
   double Timeout() const;
   // Rounds that have failed so far.
@@ -148,7 +160,6 @@ class KeyBarrier {
   Clock::duration timeout_;
 
   std::thread watch_;  // started by the first round that has to wait
-  int watch_pid_ = 0;
   std::condition_variable wake_;
   Clock::time_point next_look_ = Clock::time_point::max();
   bool stop_ = false;
