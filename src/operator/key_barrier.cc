@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <new>
 #include <sstream>
+#include <system_error>
 
 namespace gluon_syncbn {
 namespace {
@@ -114,7 +115,20 @@ void KeyBarrier::Advance(Ended* ended) {
     DropTurn({arrival.key, arrival.call, arrival.participant}, arrival.turn);
     Join(std::move(present), ended);
   }
-  if (!waiting_.empty() || !open_.empty()) StartWatch();
+  if (waiting_.empty() && open_.empty()) return;
+  try {
+    StartWatch();
+  } catch (const std::system_error& e) {
+    // Who waits would have no deadline.
+    std::ostringstream why;
+    why << "no thread could be started that watches over the deadline (" << e.what()
+        << "). Let this process have more threads (\"ulimit -u\", a container's limit of "
+           "processes), or use fewer.";
+    for (auto& failed :
+         TakeRounds([](const std::string&, Clock::time_point) { return true; }, why.str())) {
+      ended->failed.push_back(std::move(failed));
+    }
+  }
 }
 
 // The lock is held.
