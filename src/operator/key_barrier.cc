@@ -9,9 +9,11 @@
 namespace gluon_syncbn {
 namespace {
 
+// A deadline: not so short that watching over it keeps a core busy, and not more than a clock
+// counts.
 std::chrono::steady_clock::duration Seconds(double seconds) {
   return std::chrono::duration_cast<std::chrono::steady_clock::duration>(
-      std::chrono::duration<double>(seconds));
+      std::chrono::duration<double>(std::min(1e9, std::max(1e-3, seconds))));
 }
 
 // What would otherwise go into a round that it contradicts; empty when it fits.
