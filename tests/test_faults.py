@@ -31,6 +31,40 @@ assert executor.outputs[0].asnumpy().tolist() == [1, 1, 1]
     )
 
 
+def test_a_push_that_fails_fails_its_call_and_the_next_one_works():
+    """The push that queues the completion, from the call's own thread or from another device's."""
+    faults.run(
+        """
+def bind(number, devices):
+    y = mx.sym.contrib.KeyBarrierSum(mx.sym.var("x"), key="k", num_devices=devices)
+    return y.bind(mx.cpu(number), {"x": mx.nd.ones(3, ctx=mx.cpu(number))})
+
+def read(executor):
+    try:
+        return executor.outputs[0].asnumpy().tolist()
+    except mx.MXNetError as error:
+        return str(error)
+
+lone = bind(0, 1)
+first, second = bind(0, 2), bind(1, 2)
+mx.nd.waitall()
+for fail in (1, 0, 1, 0):
+    faults.pushes.value = fail
+    lone.forward()
+    result = read(lone)
+    assert "Non-negative number of const vars" in result if fail else result == [1, 1, 1], result
+for fail in (1, 0, 1, 0):
+    first.forward()
+    mx.nd.ones(1, ctx=mx.cpu(0)).wait_to_read()  # the worker has left the call
+    faults.pushes.value = fail
+    second.forward()
+    result = read(first)
+    assert "Non-negative number of const vars" in result if fail else result == [2, 2, 2], result
+    assert read(second) == [2, 2, 2]
+"""
+    )
+
+
 FORK = """
 import os
 import signal

@@ -42,29 +42,33 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
   // its first operation is queued, and waits until that has set up CUDA.
   void NeedWorker() {
     const std::lock_guard<std::mutex> lock(All().starting);
-    if (!All().started.insert(context_.dev_id).second) return;
+    if (All().started.count(context_.dev_id) != 0) return;
     const auto nothing = [](void*, void* done, void*) {
       (*static_cast<mxnet::engine::CallbackOnComplete*>(done))();
     };
-    MXEnginePushAsync(nothing, nullptr, nullptr, &context_, nullptr, 0, nullptr, 0);
+    if (MXEnginePushAsync(nothing, nullptr, nullptr, &context_, nullptr, 0, nullptr, 0) != 0) {
+      throw dmlc::Error(MXGetLastError());
+    }
+    All().started.insert(context_.dev_id);
   }
 
   // One of these two, once, from any thread.  The call is not complete before Leave.
   void Succeed(std::vector<double> result) {
     result_ = std::move(result);
-    if (state_.exchange(kReady) == kLeft) Deliver();
+    if (state_.exchange(kReady) == kLeft && !Deliver()) Complete(nullptr);
   }
   void Fail(const std::string& error) {
     error_ = error;
-    if (state_.exchange(kReady) == kLeft) Deliver();
+    if (state_.exchange(kReady) == kLeft && !Deliver()) Complete(nullptr);
   }
 
   // From the call's thread, at its end.  Where the result is about to come it stays a moment: a
   // worker that goes to sleep and is woken again takes longer than most rounds.  Nobody depends on
-  // its staying, so nothing can deadlock.
+  // its staying, so nothing can deadlock.  Throws where the engine takes no operation any more; the
+  // engine then completes the call, with this error.
   void Leave(bool linger) {
     if (linger) StayUntil([this] { return state_.load() != kInside; });
-    if (state_.exchange(kLeft) == kReady) Deliver();
+    if (state_.exchange(kLeft) == kReady && !Deliver()) throw dmlc::Error(error_);
   }
 
   // After a fork; see fork_handlers.cc.
@@ -88,7 +92,7 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
     return shared;
   }
 
-  enum State { kInside, kLeft, kReady, kComplete };
+  enum State { kInside, kLeft, kReady };
 
   // What the engine owns while a completion is queued.
   struct Queued {
@@ -105,7 +109,12 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
     // When the process ends, the engine no longer runs what is queued; its workers delete it.
     static void Delete(void* self) {
       const std::unique_ptr<Queued> queued(static_cast<Queued*>(self));
-      if (!queued->taken) queued->call->Taken(nullptr, queued->times);
+      if (!queued->taken && self != Pushed()) queued->call->Taken(nullptr, queued->times);
+    }
+    // What this thread is pushing.  A push that fails deletes it, too.
+    static void*& Pushed() {
+      static thread_local void* pushed = nullptr;
+      return pushed;
     }
   };
 
@@ -115,32 +124,31 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
     while (!predicate() && std::chrono::steady_clock::now() < end) std::this_thread::yield();
   }
 
-  void Deliver() {
-    if (frame_.RecordIsLocal() && !OnGpu(context_)) {
-      const mxnet::RunContext here{context_, nullptr, nullptr, false};
-      Complete(&here);
-    } else {
-      Queue(0);  // a result on a GPU is written on its worker's stream
-    }
+  // Once both Leave and a result have come.  False: it failed, and the call is still to be
+  // completed.
+  bool Deliver() {
+    // A result on a GPU is written on its worker's stream.
+    if (!frame_.RecordIsLocal() || OnGpu(context_)) return Queue(0);
+    const mxnet::RunContext here{context_, nullptr, nullptr, false};
+    Complete(&here);
+    return true;
   }
 
-  void Queue(int times) {
-    auto self = std::make_unique<Queued>(Queued{shared_from_this(), times});
-    const int failed = MXEnginePushAsync(&Queued::Run, self.get(), &Queued::Delete, &context_,
+  bool Queue(int times) {
+    auto queued = std::make_unique<Queued>(Queued{shared_from_this(), times});
+    Queued::Pushed() = queued.get();
+    // The engine owns it from here on, whether this fails or not.
+    const int failed = MXEnginePushAsync(&Queued::Run, queued.release(), &Queued::Delete, &context_,
                                          nullptr, 0, nullptr, 0);
-    if (failed == 0) {
-      self.release();  // the engine deletes it
-    } else {
-      error_ = MXGetLastError();
-      Complete(nullptr);
-    }
+    Queued::Pushed() = nullptr;
+    if (failed != 0 && error_.empty()) error_ = MXGetLastError();
+    return failed == 0;
   }
 
   // By a worker of the device, from its queue.  `run`: null where nobody will see the result.
   void Taken(const mxnet::RunContext* run, int times) {
     CallFrame::Visit();
-    if (frame_.Left()) return Complete(run);
-    Queue(times + 1);
+    if (frame_.Left() || !Queue(times + 1)) return Complete(run);
     // Let the worker that made the call be the next who takes it.  One that has left but is busy
     // with something else may be so for long.
     if (times < 4) {
@@ -151,7 +159,6 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
   }
 
   void Complete(const mxnet::RunContext* run) {
-    if (state_.exchange(kComplete) == kComplete) return;
     try {
       if (run != nullptr && error_.empty()) WriteValues(*run, result_, req_, to_);
     } catch (const std::exception& e) {
