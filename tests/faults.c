@@ -3,7 +3,6 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <pthread.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -32,11 +31,13 @@ int MXEnginePushAsync(void* function, void* parameter, void* deleter, void* cont
   int (*push)(void*, void*, void*, void*, void*, int, void*, int, void*, int, const char*, bool) =
       dlsym(dlopen("libmxnet.so", RTLD_LAZY | RTLD_NOLOAD), "MXEnginePushAsync");
   if (Fails(&faults_pushes)) num_const_vars = -1;  // which MXNet refuses
+  int once = 1;
+  const bool hold = atomic_compare_exchange_strong(&faults_hold_push, &once, 0);
   const int failed = push(function, parameter, deleter, context, const_vars, num_const_vars,
                           mutable_vars, num_mutable_vars, property, priority, name, wait);
-  int once = 1;
-  if (atomic_compare_exchange_strong(&faults_hold_push, &once, 2)) {
-    while (atomic_load(&faults_hold_push) != 0) sched_yield();
+  if (hold) {
+    atomic_store(&faults_hold_push, 2);
+    while (atomic_load(&faults_hold_push) != 0) usleep(100);
   }
   return failed;
 }
@@ -46,8 +47,12 @@ int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*
   int (*create)(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*) =
       dlsym(RTLD_NEXT, "pthread_create");
   if (Fails(&faults_threads)) return EAGAIN;
-  const int failed = create(thread, attributes, start, argument);
   int once = 1;
-  if (atomic_compare_exchange_strong(&faults_hold_thread, &once, 2)) sleep(1);
+  const bool hold = atomic_compare_exchange_strong(&faults_hold_thread, &once, 0);
+  const int failed = create(thread, attributes, start, argument);
+  if (hold) {
+    atomic_store(&faults_hold_thread, 2);
+    sleep(1);
+  }
   return failed;
 }

@@ -11,6 +11,7 @@ SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "faults.c")
 # `faults.pushes.value = 2` in a script lets the next two pushes fail.
 PRELUDE = """
 import ctypes
+import time
 import types
 import mxnet as mx
 import gluon_syncbn
@@ -18,6 +19,10 @@ faults = types.SimpleNamespace(**{
     name: ctypes.c_int.in_dll(ctypes.CDLL(None), "faults_" + name)
     for name in ("pushes", "threads", "hold_push", "hold_thread")
 })
+
+def wait_for(fault, value):
+    while fault.value != value:
+        time.sleep(0.001)
 """
 
 
@@ -29,7 +34,7 @@ def _library():
     return directory, path  # it is deleted with the object
 
 
-def run(script, timeout=60, **environment):
+def run(script, timeout=240, **environment):
     """Run ``script`` behind the prelude; return what it printed, and fail where it failed."""
     preload = {"LD_PRELOAD": _library()[1], "MALLOC_PERTURB_": "255"}
     done = subprocess.run(

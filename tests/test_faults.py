@@ -16,8 +16,7 @@ executor = x.bind(mx.cpu(0), {"x": mx.nd.ones(3)})
 mx.nd.waitall()
 faults.hold_push.value = 1
 executor.forward()
-while faults.hold_push.value != 2:
-    pass
+wait_for(faults.hold_push, 2)
 reader = threading.Thread(target=executor.outputs[0].wait_to_read)
 reader.start()
 reader.join(0.3)
@@ -105,7 +104,6 @@ for child in (int, exchange, exchange_and_set, fork_again):
     assert in_child(child) == 0, child
 exchange()
 """,
-        timeout=240,
     )
 
 
@@ -129,8 +127,7 @@ for i in range(2):
     mx.nd.ones(3, ctx=mx.cpu(i)).wait_to_read()  # the engine has its threads
 thread = threading.Thread(target=arrive)
 thread.start()
-while faults.hold_thread.value != 2:
-    pass
+wait_for(faults.hold_thread, 2)
 assert in_child(run) == 0
 thread.join()
 """
