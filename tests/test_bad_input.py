@@ -301,9 +301,9 @@ def test_unknown_keyword_argument(model, two):
         model([ones(c) for c in two], wrong=1)
 
 
-@pytest.mark.parametrize("seconds", [0, -1, "soon", None, float("nan"), float("inf")])
+@pytest.mark.parametrize("seconds", [0, -1, 1e-10, "soon", None, float("nan"), float("inf")])
 def test_deadlines_that_are_none(seconds):
-    with pytest.raises(ValueError, match="number of seconds above 0"):
+    with pytest.raises(ValueError, match="number of seconds from 0.001"):
         gluon_syncbn.set_timeout(seconds)
     assert gluon_syncbn.get_timeout() == 30
 
@@ -326,8 +326,9 @@ def test_deadline_from_the_environment():
         env=environment,
     )
     assert done.stdout.strip() == "120.0", done.stderr
-    done = run("import gluon_syncbn", GLUON_SYNCBN_TIMEOUT="soon")
-    assert "GLUON_SYNCBN_TIMEOUT must be a number of seconds above 0" in done.stderr
+    for seconds in ("soon", "1e-10"):
+        done = run("import gluon_syncbn", GLUON_SYNCBN_TIMEOUT=seconds)
+        assert "GLUON_SYNCBN_TIMEOUT must be a number of seconds from 0.001" in done.stderr
 
 
 def test_naive_engine():

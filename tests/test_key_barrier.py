@@ -163,6 +163,19 @@ def test_shorter_deadline_holds_for_who_waits_already(barrier):
 
 
 @pytest.mark.parametrize(
+    "seconds, deadline", [(1e-10, 1e-3), (0, 1e-3), (-1, 1e-3), (float("nan"), 1e-3), (1e30, 1e9)]
+)
+def test_a_deadline_that_no_clock_can_keep_is_not_taken(seconds, deadline):
+    """A deadline of nothing would keep a core busy, watching."""
+    barrier = Barrier(seconds)
+    assert barrier.control.timeout == deadline
+    LIBRARY.GluonSyncBNBarrierSetTimeout(barrier.handle, 5)
+    LIBRARY.GluonSyncBNBarrierSetTimeout(barrier.handle, seconds)
+    assert barrier.control.timeout == deadline
+    barrier.close()
+
+
+@pytest.mark.parametrize(
     "second, message",
     [(([1, 2, 3], 2), "brings 3 values, but device 0 brings 2"), (([1, 2], 4), "num_devices=4")],
 )

@@ -192,7 +192,7 @@ def test_different_shapes_and_numbers_are_refused():
 
 # MXNet looks at its own record of a call when that returns.  When calls were complete before that,
 # the graph could be gone by then, and the heap was corrupted.
-FREED_AT_ONCE = """
+SUMS_FREED_AT_ONCE = """
 import mxnet as mx
 import gluon_syncbn
 contexts = [mx.cpu(0), mx.cpu(1)]
@@ -210,18 +210,36 @@ for i in range(400):
     assert gradients == [[2, 2, 2]] * 2, gradients
     del executors, executor
 """
+NOTHING_TO_SUM_FREED_AT_ONCE = """
+import mxnet as mx
+import gluon_syncbn
+contexts = [mx.cpu(0), mx.cpu(1)]
+x, mean = mx.sym.var("x"), mx.sym.var("mean")
+for i in range(800):
+    y = mx.sym._internal._syncbn_sum(x, mean, key=f"k{i}", num_devices=2)
+    executors = [
+        y.bind(c, {"x": mx.nd.zeros(3, c, "float64")}, aux_states={"mean": mx.nd.zeros(1, c)})
+        for c in contexts
+    ]
+    for executor in executors:
+        executor.forward()
+    outputs = [executor.outputs[0].asnumpy().tolist() for executor in executors]
+    assert outputs == [[0, 0, 0]] * 2, outputs
+    del executors, executor
+"""
 
 
 def test_graphs_that_are_freed_as_soon_as_their_result_is_there():
     """More processes than cores, so that a thread is held up anywhere; freed memory is cleared."""
     runs = [
         subprocess.Popen(
-            [sys.executable, "-c", FREED_AT_ONCE],
+            [sys.executable, "-c", script],
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "MALLOC_PERTURB_": "255"},
+            env={**os.environ, "MALLOC_PERTURB_": "255", "MXNET_CPU_WORKER_NTHREADS": workers},
         )
-        for _ in range(4)
+        for script in (SUMS_FREED_AT_ONCE, NOTHING_TO_SUM_FREED_AT_ONCE)
+        for workers in ("1", "2")
     ]
     for run in runs:
         _, printed = run.communicate(timeout=120)

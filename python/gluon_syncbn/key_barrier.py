@@ -22,8 +22,8 @@ def _seconds(value, where):
         seconds = float(value)
     except (TypeError, ValueError):
         seconds = math.nan
-    if not 0 < seconds <= 1e8:
-        raise ValueError(f"{where} must be a number of seconds above 0, but is {value!r}")
+    if not 1e-3 <= seconds <= 1e8:
+        raise ValueError(f"{where} must be a number of seconds from 0.001 to 1e8, but is {value!r}")
     return seconds
 
 
@@ -98,13 +98,13 @@ def set_timeout(seconds):
     Parameters
     ----------
     seconds : float
-        The new deadline, for exchanges that wait already, too.  The default is 120, or what the
-        environment variable ``GLUON_SYNCBN_TIMEOUT`` says.
+        The new deadline, for exchanges that wait already, too; from 0.001 to 1e8.  The default is
+        120, or what the environment variable ``GLUON_SYNCBN_TIMEOUT`` says.
 
     Raises
     ------
     ValueError
-        If ``seconds`` is not a positive number.
+        If ``seconds`` is not a number from 0.001 to 1e8.
 
     Examples
     --------

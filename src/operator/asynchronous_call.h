@@ -1,8 +1,10 @@
 // A call of an asynchronous operator, from its start to its completion.
 //
-// Its result is written, and the call completed, in an operation of its own that is queued to the
-// device's worker: only after the call has returned, because MXNet looks at its own record of the
-// call then, and a graph that is freed as soon as its result is there would take the record away.
+// It is never completed before MXNet has left its own code around the call (call_frame.h).  Where
+// that code is a graph's, the result is written and the call completed in an operation of its own
+// that is queued to the workers of the call's device: taken by the worker that made the call, it
+// completes it; another one puts it back until the first has been seen outside.  A device has one
+// worker on a CPU, unless MXNET_CPU_WORKER_NTHREADS says more, and two on a GPU.
 // (With MXEnginePushSync, MXNet might put that operation into one bulk with those who wait for it.)
 #pragma once
 
@@ -15,12 +17,14 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <set>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "call_frame.h"
 #include "device_values.h"
 
 namespace gluon_syncbn {
@@ -28,88 +32,133 @@ namespace gluon_syncbn {
 class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
  public:
   AsynchronousCall(const mxnet::OpContext& ctx, mxnet::OpReqType req, const mxnet::TBlob& to)
-      : context_(ctx.run_ctx.ctx), on_complete_(ctx.async_on_complete), req_(req), to_(to) {}
+      : frame_(ctx),
+        context_(ctx.run_ctx.ctx),
+        on_complete_(ctx.async_on_complete),
+        req_(req),
+        to_(to) {}
 
   // On a GPU, before a thread of CUDA's may end the call: the engine starts a device's worker when
   // its first operation is queued, and waits until that has set up CUDA.
   void NeedWorker() {
-    static std::mutex mutex;
-    static std::set<int> started;
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (!started.insert(context_.dev_id).second) return;
+    const std::lock_guard<std::mutex> lock(All().starting);
+    if (All().started.count(context_.dev_id) != 0) return;
     const auto nothing = [](void*, void* done, void*) {
       (*static_cast<mxnet::engine::CallbackOnComplete*>(done))();
     };
-    MXEnginePushAsync(nothing, nullptr, nullptr, &context_, nullptr, 0, nullptr, 0);
+    if (MXEnginePushAsync(nothing, nullptr, nullptr, &context_, nullptr, 0, nullptr, 0) != 0) {
+      throw dmlc::Error(MXGetLastError());
+    }
+    All().started.insert(context_.dev_id);
   }
 
-  // One of these three, once; the first two from any thread.
+  // One of these two, once, from any thread.  The call is not complete before Leave.
   void Succeed(std::vector<double> result) {
     result_ = std::move(result);
-    if (state_.exchange(kReady) == kLeft) Queue();
+    if (state_.exchange(kReady) == kLeft && !Deliver()) Complete(nullptr);
   }
   void Fail(const std::string& error) {
     error_ = error;
-    if (state_.exchange(kReady) == kLeft) Queue();
-  }
-
-  // On a CPU and from the call's own thread: the call is complete when this returns.  For calls
-  // after which whoever comes next needs this thread, so that nobody can be ahead of it.
-  void SucceedNow(const std::vector<double>& result) {
-    WriteValues({context_, nullptr, nullptr, false}, result, req_, to_);
-    state_ = kComplete;
-    on_complete_();
+    if (state_.exchange(kReady) == kLeft && !Deliver()) Complete(nullptr);
   }
 
   // From the call's thread, at its end.  Where the result is about to come it stays a moment: a
   // worker that goes to sleep and is woken again takes longer than most rounds.  Nobody depends on
-  // its staying, so nothing can deadlock.
+  // its staying, so nothing can deadlock.  Throws where the engine takes no operation any more; the
+  // engine then completes the call, with this error.
   void Leave(bool linger) {
-    if (linger) {
-      const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
-      while (state_.load() == kInside && std::chrono::steady_clock::now() < end) {
-        std::this_thread::yield();
-      }
-    }
-    left_at_ = std::chrono::steady_clock::now();
-    if (state_.exchange(kLeft) == kReady) Queue();
+    if (linger) StayUntil([this] { return state_.load() != kInside; });
+    if (state_.exchange(kLeft) == kReady && !Deliver()) throw dmlc::Error(error_);
   }
+
+  // After a fork; see fork_handlers.cc.
+  static void EngineHasNewWorkers() {
+    const std::lock_guard<std::mutex> lock(All().starting);
+    All().started.clear();
+  }
+  static void RestartInChild() {
+    new (&All()) Shared;
+  }  // a lock may be another thread's, left behind
 
  private:
-  enum State { kInside, kLeft, kReady, kComplete };
+  // What all calls of the process share.
+  struct Shared {
+    std::mutex failing;     // held by whoever tells the engine of a failure
+    std::mutex starting;    // of a GPU's workers
+    std::set<int> started;  // the GPUs whose workers run
+  };
+  static Shared& All() {
+    static Shared shared;
+    return shared;
+  }
 
-  void Queue() {
-    using Self = std::shared_ptr<AsynchronousCall>;
-    auto self = std::make_unique<Self>(shared_from_this());
-    const int failed = MXEnginePushAsync(
-        [](void* run, void* done, void* self) {
-          (*static_cast<Self*>(self))->Complete(static_cast<mxnet::RunContext*>(run));
-          (*static_cast<mxnet::engine::CallbackOnComplete*>(done))();
-        },
-        self.get(),
-        // When the process ends, the engine no longer runs what is queued, but deletes it.
-        [](void* self) {
-          const std::unique_ptr<Self> call(static_cast<Self*>(self));
-          (*call)->Complete(nullptr);
-        },
-        &context_, nullptr, 0, nullptr, 0);
-    if (failed == 0) {
-      self.release();  // the engine deletes it
+  enum State { kInside, kLeft, kReady };
+
+  // What the engine owns while a completion is queued.
+  struct Queued {
+    std::shared_ptr<AsynchronousCall> call;
+    int times;  // that it has been put back
+    bool taken = false;
+
+    static void Run(void* run, void* done, void* self) {
+      auto& queued = *static_cast<Queued*>(self);
+      queued.taken = true;
+      queued.call->Taken(static_cast<mxnet::RunContext*>(run), queued.times);
+      (*static_cast<mxnet::engine::CallbackOnComplete*>(done))();
+    }
+    // When the process ends, the engine no longer runs what is queued; its workers delete it.
+    static void Delete(void* self) {
+      const std::unique_ptr<Queued> queued(static_cast<Queued*>(self));
+      if (!queued->taken && self != Pushed()) queued->call->Taken(nullptr, queued->times);
+    }
+    // What this thread is pushing.  A push that fails deletes it, too.
+    static void*& Pushed() {
+      static thread_local void* pushed = nullptr;
+      return pushed;
+    }
+  };
+
+  template <typename Predicate>
+  static void StayUntil(const Predicate& predicate) {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+    while (!predicate() && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+  }
+
+  // Once both Leave and a result have come.  False: it failed, and the call is still to be
+  // completed.
+  bool Deliver() {
+    // A result on a GPU is written on its worker's stream.
+    if (!frame_.RecordIsLocal() || OnGpu(context_)) return Queue(0);
+    const mxnet::RunContext here{context_, nullptr, nullptr, false};
+    Complete(&here);
+    return true;
+  }
+
+  bool Queue(int times) {
+    auto queued = std::make_unique<Queued>(Queued{shared_from_this(), times});
+    Queued::Pushed() = queued.get();
+    // The engine owns it from here on, whether this fails or not.
+    const int failed = MXEnginePushAsync(&Queued::Run, queued.release(), &Queued::Delete, &context_,
+                                         nullptr, 0, nullptr, 0);
+    Queued::Pushed() = nullptr;
+    if (failed != 0 && error_.empty()) error_ = MXGetLastError();
+    return failed == 0;
+  }
+
+  // By a worker of the device, from its queue.  `run`: null where nobody will see the result.
+  void Taken(const mxnet::RunContext* run, int times) {
+    CallFrame::Visit();
+    if (frame_.Left() || !Queue(times + 1)) return Complete(run);
+    // Let the worker that made the call be the next who takes it.  One that has left but is busy
+    // with something else may be so for long.
+    if (times < 4) {
+      StayUntil([this] { return frame_.Left(); });
     } else {
-      error_ = MXGetLastError();
-      Complete(nullptr);
+      std::this_thread::sleep_for(std::chrono::microseconds(100));
     }
   }
 
-  // `run`: null where nobody will see the result.
   void Complete(const mxnet::RunContext* run) {
-    if (state_.exchange(kComplete) == kComplete) return;
-    // On another worker of the device (a GPU has two) the call may be just about to return.
-    const auto returned = left_at_ + std::chrono::microseconds(50);
-    while (run != nullptr && std::this_thread::get_id() != caller_ &&
-           std::chrono::steady_clock::now() < returned) {
-      std::this_thread::yield();
-    }
     try {
       if (run != nullptr && error_.empty()) WriteValues(*run, result_, req_, to_);
     } catch (const std::exception& e) {
@@ -117,18 +166,16 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
     }
     if (error_.empty()) return on_complete_();
     // The engine keeps a list of failures without a lock; see KeyBarrier::Fail.
-    static std::mutex one_at_a_time;
-    const std::lock_guard<std::mutex> lock(one_at_a_time);
+    const std::lock_guard<std::mutex> lock(All().failing);
     const dmlc::Error failure(error_);
     on_complete_(&failure);
   }
 
+  const CallFrame frame_;
   mxnet::Context context_;
   const mxnet::engine::CallbackOnComplete on_complete_;
   const mxnet::OpReqType req_;
   const mxnet::TBlob to_;
-  const std::thread::id caller_ = std::this_thread::get_id();
-  std::chrono::steady_clock::time_point left_at_;
   std::vector<double> result_;
   std::string error_;
   std::atomic<State> state_{kInside};

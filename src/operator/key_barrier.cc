@@ -1,17 +1,19 @@
 // See key_barrier.h.
 #include "key_barrier.h"
 
-#include <unistd.h>
-
 #include <algorithm>
+#include <new>
 #include <sstream>
+#include <system_error>
 
 namespace gluon_syncbn {
 namespace {
 
+// A deadline: not so short that watching over it keeps a core busy, and not more than a clock
+// counts.
 std::chrono::steady_clock::duration Seconds(double seconds) {
   return std::chrono::duration_cast<std::chrono::steady_clock::duration>(
-      std::chrono::duration<double>(seconds));
+      std::chrono::duration<double>(std::min(1e9, std::max(1e-3, seconds))));
 }
 
 // What would otherwise go into a round that it contradicts; empty when it fits.
@@ -43,13 +45,16 @@ KeyBarrier::~KeyBarrier() {
     stop_ = true;
   }
   wake_.notify_all();
-  if (!watch_.joinable()) return;
-  // After a fork the thread exists in the parent only.
-  if (watch_pid_ == getpid()) {
-    watch_.join();
-  } else {
-    watch_.detach();
-  }
+  if (watch_.joinable()) watch_.join();
+}
+
+void KeyBarrier::RestartInChild(double timeout_seconds) {
+  const std::uint64_t next_turn = next_turn_, next_number = next_number_, failures = failures_;
+  // What was here is left, not destroyed: nobody knows in what state it is.
+  KeyBarrier* const anew = new (this) KeyBarrier(timeout_seconds);
+  anew->next_turn_ = next_turn;  // operators that were made before keep their numbers
+  anew->next_number_ = next_number;
+  anew->failures_ = failures;
 }
 
 void KeyBarrier::Arrive(Arrival arrival, Completion done) {
@@ -105,7 +110,20 @@ void KeyBarrier::Advance(Ended* ended) {
     DropTurn({arrival.key, arrival.call, arrival.participant}, arrival.turn);
     Join(std::move(present), ended);
   }
-  if (!waiting_.empty() || !open_.empty()) StartWatch();
+  if (waiting_.empty() && open_.empty()) return;
+  try {
+    StartWatch();
+  } catch (const std::system_error& e) {
+    // Who waits would have no deadline.
+    std::ostringstream why;
+    why << "no thread could be started that watches over the deadline (" << e.what()
+        << "). Let this process have more threads (\"ulimit -u\", a container's limit of "
+           "processes), or use fewer.";
+    for (auto& failed :
+         TakeRounds([](const Arrival&, Clock::time_point) { return true; }, why.str())) {
+      ended->failed.push_back(std::move(failed));
+    }
+  }
 }
 
 // The lock is held.
@@ -346,10 +364,7 @@ std::uint64_t KeyBarrier::Failures(const std::string& key) const {
 // before now + timeout need not be woken: in the steady state an arrival costs no system call.
 void KeyBarrier::StartWatch() {
   const Clock::time_point deadline = Clock::now() + timeout_;
-  const int pid = getpid();
-  if (watch_pid_ != pid) {
-    if (watch_.joinable()) watch_.detach();  // it stayed in the parent of a fork
-    watch_pid_ = pid;
+  if (!watch_.joinable()) {
     next_look_ = deadline;
     watch_ = std::thread(&KeyBarrier::Watch, this);
   } else if (deadline < next_look_) {

@@ -103,6 +103,13 @@ class KeyBarrier {
   // Fails every open round and every later arrival: the process is going away.
   void Close(const std::string& why);
 
+  // A fork.  The child has this object as it is at that moment, perhaps in the middle of a change
+  // by a thread that it does not have, and under its lock; the barrier's own thread it does not
+  // have either.  So the thread that forks takes the deadline with it, and there the barrier
+  // starts anew, in no pass.  (To hold the lock until the fork is no way: MXNet, which has been
+  // told before us, lets the exchanges that are under way end first.)
+  void RestartInChild(double timeout_seconds);
+
   void SetTimeout(double seconds);
   double Timeout() const;
   // How many rounds of this key (the key "" stands for all) have failed so far.
@@ -176,7 +183,6 @@ class KeyBarrier {
   Clock::duration timeout_;
 
   std::thread watch_;  // started by the first round that has to wait
-  int watch_pid_ = 0;
   std::condition_variable wake_;
   Clock::time_point next_look_ = Clock::time_point::max();
   bool stop_ = false;

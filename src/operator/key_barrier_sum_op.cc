@@ -136,7 +136,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
       if (!error.empty()) return call->Fail(error);
       // In inference nobody waits, also where a layer measures its batch (use_batch_stats).
       if (forward) exchanged_ = (training || !only_counted_) && IsExchanged(values, num_devices);
-      if (!exchanged_) return gpu ? call->Succeed(std::move(values)) : call->SucceedNow(values);
+      if (!exchanged_) return call->Succeed(std::move(values));
       if (forward) {
         ArriveForward(std::move(values), call);
       } else {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda_library.h"
+#include "fork_handlers.h"
 #include "key_barrier.h"
 #include "passes.h"
 #include "process_barrier.h"
@@ -26,12 +27,18 @@ void RegisterLegacyOpProp();
 
 namespace gluon_syncbn {
 
+namespace {
+
+double FirstTimeout() {
+  const char* value = std::getenv("GLUON_SYNCBN_TIMEOUT");
+  const double seconds = value == nullptr ? 0.0 : std::atof(value);
+  return seconds > 0 ? seconds : 120.0;  // Python has refused what is no positive number
+}
+
+}  // namespace
+
 std::shared_ptr<KeyBarrier> ProcessBarrier() {
-  static const auto barrier = std::make_shared<KeyBarrier>([] {
-    const char* value = std::getenv("GLUON_SYNCBN_TIMEOUT");
-    const double seconds = value == nullptr ? 0.0 : std::atof(value);
-    return seconds > 0 ? seconds : 120.0;  // Python has refused what is no positive number
-  }());
+  static const auto barrier = std::make_shared<KeyBarrier>(FirstTimeout());
   return barrier;
 }
 
@@ -74,7 +81,10 @@ using gluon_syncbn::ToArrays;
 GLUON_SYNCBN_API const char* GluonSyncBNLastError() { return gluon_syncbn::last_error.c_str(); }
 
 GLUON_SYNCBN_API int GluonSyncBNRegisterOperators() {
-  return Guarded([] { mxnet::op::RegisterLegacyOpProp(); });
+  return Guarded([] {
+    gluon_syncbn::InstallForkHandlers();
+    mxnet::op::RegisterLegacyOpProp();
+  });
 }
 
 // Fails where there is no CUDA side, and says what to do.
