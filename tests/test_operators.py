@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from mxnet import autograd
 
-from reference import batch_norm, largest_error
+from reference import batch_norm, batch_norm_far_from_zero, largest_error
 
-# What float16 outputs and float32 parameters can hold; float64 is limited by the exchanged sums.
+# What float16 outputs and float32 parameters can hold.
 TOLERANCE = {"float16": 2e-3, "float32": 3e-6, "float64": 1e-11}
 LAYOUTS = [
     ((6, 5), 1),
@@ -262,13 +262,50 @@ def test_a_large_offset_costs_nothing(axis, offset, kind, sizes, rng):
         assert largest_error(xs[i].grad.asnumpy(), want.dx[i]) < TOLERANCE["float32"]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("shape, axis", [((16, 4, 40, 40), 1), ((16, 40, 40, 4), -1)])
+@pytest.mark.parametrize("offset", [1e4, -1e6, 1e8])
+@pytest.mark.parametrize("kind, sizes", [(Layer, [9, 7]), (Layer, [2, 5, 9]), (Alone, [16])])
+def test_float64_far_from_zero(shape, axis, offset, kind, sizes, rng):
+    """As exact as two passes over the data are, and more exact than NumPy's two."""
+    xs, dys = shards_of(rng, shape, sizes, "float64", offset=offset)
+    xs = [x + i for i, x in enumerate(xs)]  # the devices' means are apart
+    dys = [dy + 3 for dy in dys]  # so that an error in the mean shows in the sum over dy (x - mean)
+    layer = kind(len(sizes), 4, "float64", axis=axis, momentum=0.0)
+    ys = numpy_of(run(layer, xs, dys))
+    dxs = numpy_of([x.grad for x in xs])
+    of_batch = numpy_of(dys), layer.gamma, layer.beta, axis
+    want = batch_norm_far_from_zero(numpy_of(xs), offset, *of_batch)
+    two_passes = batch_norm(numpy_of(xs), *of_batch)
+    for got, theirs, wanted in ((ys, two_passes.y, want.y), (dxs, two_passes.dx, want.dx)):
+        error = max(map(largest_error, got, wanted))
+        assert error < max(map(largest_error, theirs, wanted))
+    promised = 1e-15 * abs(offset)  # 1e-9 at 1e6
+    for mean, var in zip(layer.means, layer.vars):
+        np.testing.assert_allclose(var.asnumpy(), want.var, rtol=promised)
+        # Its last place, and what the devices' last places are apart.
+        np.testing.assert_allclose(mean.asnumpy(), want.mean, rtol=4e-16)
+
+
+def test_float64_far_from_zero_slice_by_slice(rng):
+    """The channels' offsets are of other sizes and signs."""
+    offsets = np.array([1e6, -1e5, 1e4, 3.0] * 10 + [1e6])
+    xs, dys = shards_of(rng, (5, 41, 60, 60), [5], "float64")
+    x = xs[0].asnumpy() + offsets[:, None, None]
+    near = x - offsets[:, None, None]
+    layer = Alone(1, 41, "float64", momentum=0.0)
+    (y,) = run(layer, [mx.nd.array(x, dtype="float64")], dys)
+    want = batch_norm([near], numpy_of(dys), layer.gamma, layer.beta)
+    np.testing.assert_allclose(layer.vars[0].asnumpy(), want.var, rtol=1e-12)
+    assert largest_error(y.asnumpy(), want.y[0]) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_a_far_first_element_costs_nothing(dtype, rng):
     """The sums are taken around a channel's first element, which may be far from all others."""
     xs, dys = shards_of(rng, (8, 3, 30, 30), [4, 4], dtype)
     for x in xs:
         x[0, :, 0, 0] = 1e3
-    layer = Layer(2, 3, "float32")
+    layer = Layer(2, 3, "float64" if dtype == "float64" else "float32")
     ys = run(layer, xs, dys)
     want = batch_norm(numpy_of(xs), numpy_of(dys), layer.gamma, layer.beta)
     for i in range(2):

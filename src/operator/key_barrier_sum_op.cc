@@ -142,7 +142,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
     const std::uint64_t turn = turn_;
     turn_ = 0;
     barrier_->Arrive({param_.key, param_.call, 0, participant_, kind_, name_, num_devices,
-                      std::move(values), turn},
+                      std::move(values), turn, only_counted_ ? Merge::kMoments : Merge::kSum},
                      [this, call](const Outcome& outcome) {
                        round_ = outcome.round;
                        round_devices_ = outcome.num_devices;

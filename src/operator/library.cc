@@ -86,6 +86,7 @@ GLUON_SYNCBN_API void GluonSyncBNBarrierFree(Barrier barrier) {
   std::unique_ptr<KeyBarrier>{barrier};
 }
 
+// `merge`: 0 for a sum, 1 for moments; see merge.h.
 // `done(data, total, round, num_devices, error)`: total is null and error is set on failure.
 using DoneCallback = void (*)(void* data, const double* total, unsigned long long round,
                               int num_devices, const char* error);
@@ -93,16 +94,24 @@ using DoneCallback = void (*)(void* data, const double* total, unsigned long lon
 GLUON_SYNCBN_API int GluonSyncBNBarrierArrive(Barrier barrier, const char* key,
                                               unsigned long long lane,
                                               unsigned long long participant, const char* kind,
-                                              const char* name, int num_devices,
+                                              const char* name, int num_devices, int merge,
                                               const double* values, size_t count, DoneCallback done,
                                               void* data) {
   return Guarded([=] {
-    Get(barrier).Arrive(
-        {key, 0, lane, participant, kind, name, num_devices, {values, values + count}, 0},
-        [done, data](const gluon_syncbn::Outcome& outcome) {
-          done(data, outcome.total == nullptr ? nullptr : outcome.total->data(), outcome.round,
-               outcome.num_devices, outcome.error.c_str());
-        });
+    Get(barrier).Arrive({key,
+                         0,
+                         lane,
+                         participant,
+                         kind,
+                         name,
+                         num_devices,
+                         {values, values + count},
+                         0,
+                         static_cast<gluon_syncbn::Merge>(merge)},
+                        [done, data](const gluon_syncbn::Outcome& outcome) {
+                          done(data, outcome.total == nullptr ? nullptr : outcome.total->data(),
+                               outcome.round, outcome.num_devices, outcome.error.c_str());
+                        });
   });
 }
 

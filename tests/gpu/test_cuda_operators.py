@@ -10,7 +10,7 @@ from mxnet import autograd
 from gluon_syncbn import library
 from gluon_syncbn.library import LIBRARY
 from mxnet_gpus import TOLERANCE, differentiable, load, need_gpus
-from reference import batch_norm, batch_norm_layers, largest_error
+from reference import batch_norm, batch_norm_layers, largest_error, moments
 
 pytestmark = need_gpus(1)
 GPU = mx.gpu(0)
@@ -66,12 +66,12 @@ def test_a_step(dtype, shape, axis, how, grad_req):
 
 
 def arrive(key, lane, name, num_devices, values):
-    """A second participant of the process's own exchange, from the host."""
+    """A second participant of the process's own exchange, with moments from the host."""
     done = library.DONE(lambda *_: None)
     numbers = (ctypes.c_double * len(values))(*values)
     status = LIBRARY.GluonSyncBNBarrierArrive(
-        None, key.encode(), lane, 12345, b"gpu", name.encode(), num_devices, numbers,
-        len(values), done, None,
+        None, key.encode(), lane, 12345, b"gpu", name.encode(), num_devices, 1,
+        numbers, len(values), done, None,
     )  # fmt: skip
     assert status == 0
     return done
@@ -84,8 +84,7 @@ def test_two_participants_on_one_gpu():
     with autograd.record():
         y = layer.meeting(on_gpu(x), 1, 2, "two")
     flat = other.transpose(0, 2, 3, 1).reshape(-1, 3).astype("float64")
-    statistics = [*flat.sum(0), *(flat**2).sum(0), len(flat)]
-    kept = arrive("two", 0, "the other", 2, statistics)
+    kept = arrive("two", 0, "the other", 2, moments(flat))
     wanted = batch_norm([x, other], [x, other], layer.gamma_value, layer.beta_value)
     assert largest_error(y.asnumpy(), wanted.y[0]) < TOLERANCE["float32"]
     del kept
