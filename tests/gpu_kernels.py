@@ -13,6 +13,7 @@ from reference import batch_norm, batch_norm_far_from_zero, largest_error, momen
 
 TYPES = {"float16": 0, "float32": 1, "float64": 2}
 NULL, WRITE, ADD = 0, 1, 2
+NOT_MEASURED = -1
 # As for the operators; see test_operators.py.
 TOLERANCE = {"float16": 2e-3, "float32": 3e-6, "float64": 1e-11}
 
@@ -392,8 +393,30 @@ def check_no_measuring(kernels, dtype, shape, axis):
             )
         )
         assert (copy.numpy() == x).all()
-        statistics = layer.statistics.numpy()[: 2 * layer.channels + 1]
-        assert statistics.any() == measure
+        count = layer.statistics.numpy()[2 * layer.channels]
+        assert count == (x.size / shape[axis] if measure else NOT_MEASURED)
+
+
+def check_no_elements(kernels, dtype, shape, axis):
+    """A share without elements brings nothing, and a batch without any moves nothing."""
+    device = kernels.device
+    nothing = device.array(np.zeros(shape, dtype))
+    for alone in (False, True):
+        layer = Layer(kernels, dtype, shape, axis, alone=alone)
+        layer.forward(nothing, nothing)
+        layer.backward(nothing, nothing, nothing)
+        assert not layer.statistics.numpy()[: 2 * layer.channels + 1].any()
+        assert not layer.gamma_grad.numpy().any() and not layer.beta_grad.numpy().any()
+        assert (layer.mean.numpy() == 0.5).all() and (layer.var.numpy() == 2).all()
+        layer.forward(nothing, nothing, measured=False)
+        layer.backward(nothing, nothing, nothing, measured=False)
+    layer = Layer(kernels, dtype, shape, axis)
+    others = np.random.RandomState(0).randn(7, layer.channels)
+    layer.forward(nothing, nothing, total=moments(others))
+    layer.backward(nothing, nothing, nothing)
+    assert not kernels.read(layer.sums, 2 * layer.channels + 1).any()
+    assert largest_error(layer.mean.numpy(), 0.45 + 0.1 * others.mean(0)) < 1e-6
+    assert largest_error(layer.var.numpy(), 1.8 + 0.1 * others.var(0)) < 1e-6
 
 
 def check_values(kernels):

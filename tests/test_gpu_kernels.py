@@ -163,6 +163,12 @@ def test_two_devices(kernels, dtype, shape, axis):
     checks.check_two_devices(kernels, dtype, shape, axis)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, axis", [((0, 3), 1), ((0, 8, 4, 4), 1), ((2, 8, 0), 1)])
+def test_no_elements(kernels, dtype, shape, axis):
+    checks.check_no_elements(kernels, dtype, shape, axis)
+
+
 def test_on_a_device_that_is_not_the_current_one(library):
     class Second(EmulatedDevice):
         index = 1

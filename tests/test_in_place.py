@@ -47,8 +47,8 @@ def check(forward):
     x = mx.nd.ones((4, 5))
     net(x)
     at = addresses_in(net, x)
-    assert at["bn_moments_handed"] == at["bn_fwd_data"]
-    assert (at["bn_moments_data"] == at["bn_moments_handed"]) == forward
+    assert at["bn_moments_output"] == at["bn_fwd_data"]
+    assert (at["bn_moments_data"] == at["bn_moments_output"]) == forward
     assert at["bn_fwd_output"] != at["bn_fwd_data"]  # backward still reads what came in
     # dy is the gradient of what is normalized, and becomes dx.
     dy = at["after_fwd_backward_0"]

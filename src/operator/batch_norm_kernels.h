@@ -57,8 +57,11 @@ struct Gpu {
 };
 
 // The statistics that travel: the mean and sum((x - mean)^2) per channel, then the count.
-// A count of 0 says that nobody measured: the moving statistics are used.
 inline std::size_t StatisticsSize(std::size_t channels) { return 2 * channels + 1; }
+// The count where nobody measured, outside of training: the moving statistics are used, and there
+// is nothing to exchange.  (A count of 0 is that of a share without elements, which is exchanged.)
+constexpr double kNotMeasured = -1.0;
+inline bool IsMeasured(double count) { return count >= 0; }
 // What the backward pass needs beside the exchanged sums: A and the mean, per channel.
 inline std::size_t CoefficientsSize(std::size_t channels) { return 2 * channels; }
 
@@ -68,12 +71,12 @@ struct MomentsForward {
   FeatureShape shape;
   const void* x;
   void* copy;    // x handed through; x itself or null: nothing is written
-  bool measure;  // false: the statistics become zeros, their count, too
+  bool measure;  // false: the statistics say kNotMeasured
   double* statistics;
 };
 
-// Normalize, forward.  In training (statistics with a count) it also moves the moving statistics,
-// with the biased variance, as MXNet's BatchNorm does.
+// Normalize, forward.  In training it also moves the moving statistics, with the biased variance,
+// as MXNet's BatchNorm does; but where no device had an element, they stay.
 struct NormalizeForward {
   DataType type;
   FeatureShape shape;

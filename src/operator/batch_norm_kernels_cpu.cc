@@ -191,7 +191,8 @@ void RunTyped(const MomentsForward& k) {
   const T* x = static_cast<const T*>(k.x);
   T* copy = static_cast<T*>(k.copy);
   if (!k.measure) {
-    std::fill_n(k.statistics, StatisticsSize(channels), 0.0);
+    std::fill_n(k.statistics, 2 * channels, 0.0);
+    k.statistics[2 * channels] = kNotMeasured;
     if (copy != nullptr && copy != x) {
       ParallelFor(tiles.count(), [&](std::size_t i) { CopyTile(tiles[i], x, copy); });
     }

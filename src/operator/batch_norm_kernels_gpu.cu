@@ -94,6 +94,13 @@ __global__ void __launch_bounds__(kThreads)
 
 __device__ inline int64_t ThisChannel() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 
+__global__ void __launch_bounds__(kThreads) SetNotMeasured(int64_t channels, double* statistics) {
+  const int64_t c = ThisChannel();
+  if (c >= channels) return;
+  statistics[c] = statistics[channels + c] = 0.0;
+  if (c == 0) statistics[2 * channels] = kNotMeasured;
+}
+
 // Nobody else reads the moving statistics meanwhile.
 template <typename W>
 __global__ void __launch_bounds__(kThreads)
@@ -132,13 +139,12 @@ Extent ToExtent(const FeatureShape& s) {
 template <typename T>
 void RunTyped(const Gpu& gpu, const MomentsForward& k) {
   const Extent extent = ToExtent(k.shape);
-  if (k.copy != nullptr && k.copy != k.x) {
+  if (extent.size() > 0 && k.copy != nullptr && k.copy != k.x) {
     Check(cudaMemcpyAsync(k.copy, k.x, extent.size() * sizeof(T), cudaMemcpyDeviceToDevice,
                           ToStream(gpu)));
   }
   if (!k.measure) {
-    Check(cudaMemsetAsync(k.statistics, 0, StatisticsSize(k.shape.channels) * sizeof(double),
-                          ToStream(gpu)));
+    PerChannel(gpu, extent.channels, SetNotMeasured, extent.channels, k.statistics);
     return;
   }
   const T* x = static_cast<const T*>(k.x);
@@ -176,7 +182,7 @@ void RunTyped(const Gpu& gpu, const NormalizeBackward& k) {
     PerChannel(gpu, extent.channels, SetScale<W>, k, statistics, table);
     Elementwise(gpu, extent, table, dy, static_cast<const T*>(nullptr), dx,
                 k.dx_request == Request::kAdd);
-  } else if (dx != dy) {
+  } else if (dx != dy && extent.size() > 0) {
     Check(cudaMemcpyAsync(dx, dy, extent.size() * sizeof(T), cudaMemcpyDeviceToDevice,
                           ToStream(gpu)));
   }

@@ -73,7 +73,7 @@ bool NaiveEngine() {
 }
 constexpr char kUnsetNaive[] = "unset MXNET_ENGINE_TYPE";
 
-// `only_counted`: sum only vectors that end in a count above 0, as SyncBatchNorm's statistics do.
+// `only_counted`: merge statistics, as SyncBatchNorm has them, where they were measured at all.
 class KeyBarrierSumOp : public mxnet::Operator {
  public:
   KeyBarrierSumOp(const KeyBarrierSumParam& param, const mxnet::Context& context, bool only_counted)
@@ -130,7 +130,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
   }
 
   bool IsExchanged(const std::vector<double>& values, int num_devices) const {
-    if (only_counted_ && !(values.back() > 0)) return false;
+    if (only_counted_ && !IsMeasured(values.back())) return false;
     if (!NaiveEngine()) return true;
     if (num_devices == 1) return false;
     Raise("NaiveEngine runs one operator at a time, so ", num_devices, " devices can never meet; ",

@@ -63,11 +63,6 @@ inline int ChannelAxis(int axis, int ndim) {
   return axis < 0 ? axis + ndim : axis;
 }
 
-[[noreturn]] inline void RaiseEmpty(const mxnet::TShape& shape) {
-  Raise("SyncBatchNorm: the input is empty, of shape ", shape,
-        "; leave a device without data out of ModelDataParallel's list of inputs.");
-}
-
 inline FeatureShape ToFeatureShape(const mxnet::TShape& shape, int axis) {
   const int channel_axis = ChannelAxis(axis, shape.ndim());
   FeatureShape s{1, static_cast<std::size_t>(shape[channel_axis]), 1};
@@ -81,7 +76,6 @@ inline FeatureShape ToFeatureShape(const mxnet::TShape& shape, int axis) {
 inline mxnet::TShape VectorShape(std::size_t size) {
   return mxnet::TShape(1, static_cast<nnvm::dim_t>(size));
 }
-
 // Makes two shapes or types of an operator the same; throws when they are known and differ.
 inline void Unify(mxnet::TShape* a, mxnet::TShape* b, const char* what) {
   const bool know_a = mxnet::shape_is_known(*a), know_b = mxnet::shape_is_known(*b);

@@ -90,6 +90,29 @@ def test_two_participants_on_one_gpu():
     del kept
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0)])
+def test_a_share_without_elements(shape):
+    layer = Layer(3, "float32")
+    with mx.util.np_shape():
+        x = on_gpu(np.zeros(shape, "float32"))
+        grads = differentiable(x, layer.gamma, layer.beta)
+        others = np.random.RandomState(0).randn(7, 3)
+        with autograd.record():
+            y = layer.meeting(x, 1, 2, "nothing")
+        kept = arrive("nothing", 0, "the other", 2, moments(others))
+        assert y.asnumpy().shape == shape
+        means = layer.mean.asnumpy()
+        assert largest_error(means, 0.1 * others.mean(0)) < 1e-6
+        for forward in (lambda: layer.meeting(x, 1, 1, "nothing"), lambda: layer.alone(x, 1)):
+            with autograd.record():
+                y = forward()
+            autograd.backward([y], [x])
+            assert grads[0].asnumpy().shape == y.asnumpy().shape == shape
+            assert not grads[1].asnumpy().any() and not grads[2].asnumpy().any()
+            assert (layer.mean.asnumpy() == means).all()
+    del kept
+
+
 def test_sum_and_gradient():
     for dtype in ("float32", "float64"):
         x = on_gpu(np.arange(1000, dtype=dtype))

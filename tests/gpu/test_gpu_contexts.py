@@ -240,8 +240,8 @@ def test_the_feature_map_travels_in_place():
         ys = model(xs)
     autograd.backward(ys, [load(np.ones((4, 3, 5), "float32"), GPUS[0])])
     mx.nd.waitall()
-    assert at["a_moments_handed"] == at["a_fwd_data"] != at["a_moments_data"]
-    assert at["a_fwd_output"] == at["b_moments_data"] == at["b_moments_handed"] == at["b_fwd_data"]
+    assert at["a_moments_output"] == at["a_fwd_data"] != at["a_moments_data"]
+    assert at["a_fwd_output"] == at["b_moments_data"] == at["b_moments_output"] == at["b_fwd_data"]
     assert at["b_fwd_output"] != at["b_fwd_data"]  # backward still reads what came in
     # dy becomes dx.
     dy = at["b_fwd_backward_data"]
