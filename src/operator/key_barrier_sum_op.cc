@@ -242,7 +242,7 @@ class SyncBNSumProperty : public BarrierProperty<SyncBNSumProperty> {
   bool InferShape(mxnet::ShapeVector* in, mxnet::ShapeVector* out,
                   mxnet::ShapeVector* aux) const override {
     if (!BarrierProperty::InferShape(in, out, aux)) return false;
-    mxnet::TShape channels(1, (in->at(0)[0] - 1) / 2);
+    mxnet::TShape channels(1, (in->at(0).Size() - 1) / 2);
     aux->resize(1);
     Unify(&channels, &aux->at(0), "moving_mean");
     return true;

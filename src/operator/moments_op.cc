@@ -92,7 +92,7 @@ class MomentsProperty : public ParameterizedProperty<MomentsProperty, MomentsPar
     const auto channels = data[ChannelAxis(param_.axis, data.ndim())];
     if (mxnet::dim_size_is_known(channels)) {
       const auto c = static_cast<std::size_t>(channels);
-      out->at(kStatistics) = VectorShape(StatisticsSize(c));
+      out->at(kStatistics) = StatisticsShape(c);
       out->at(kCoefficients) = VectorShape(CoefficientsSize(c));
     }
     return mxnet::shape_is_known(data);

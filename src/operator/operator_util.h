@@ -76,6 +76,12 @@ inline FeatureShape ToFeatureShape(const mxnet::TShape& shape, int axis) {
 inline mxnet::TShape VectorShape(std::size_t size) {
   return mxnet::TShape(1, static_cast<nnvm::dim_t>(size));
 }
+// Of the statistics on their way: mx.viz takes the first axis of whatever one operator gets of
+// another for the batch, and needs a second one.
+inline mxnet::TShape StatisticsShape(std::size_t channels) {
+  return {1, static_cast<nnvm::dim_t>(StatisticsSize(channels))};
+}
+
 // Makes two shapes or types of an operator the same; throws when they are known and differ.
 inline void Unify(mxnet::TShape* a, mxnet::TShape* b, const char* what) {
   const bool know_a = mxnet::shape_is_known(*a), know_b = mxnet::shape_is_known(*b);
