@@ -9,10 +9,11 @@ import ctypes
 
 import numpy as np
 
-from reference import batch_norm, largest_error, rows
+from reference import batch_norm, batch_norm_far_from_zero, largest_error, moments, rows
 
 TYPES = {"float16": 0, "float32": 1, "float64": 2}
 NULL, WRITE, ADD = 0, 1, 2
+NOT_MEASURED = -1
 # As for the operators; see test_operators.py.
 TOLERANCE = {"float16": 2e-3, "float32": 3e-6, "float64": 1e-11}
 
@@ -176,8 +177,8 @@ class Layer:
     def array(self, values):
         return self.kernels.device.array(values)
 
-    def forward(self, x, y, request=WRITE, measured=True, add=None):
-        """``add``: what the other devices bring to the exchange."""
+    def forward(self, x, y, request=WRITE, measured=True, total=None):
+        """``total``: what comes from the exchange; by default what this device brings to it."""
         kernels, p = self.kernels, self
         statistics = self.statistics.pointer if measured else None
         k = NormalizeForward(
@@ -189,13 +190,12 @@ class Layer:
             kernels.call("ForwardAlone", ctypes.byref(k), POINTER(statistics))
             return
         if measured:
-            size = 2 * self.channels + 1
             moments = MomentsForward(
                 TYPES[self.dtype], self.shape, x.pointer, x.pointer, True, statistics
             )
             kernels.run(moments)
-            if add is not None:
-                kernels.write(kernels.read(self.statistics, size) + add, self.statistics)
+            if total is not None:
+                kernels.write(total, self.statistics)
         kernels.run(k)
 
     def backward(self, dy, x, dx, request=WRITE, measured=True, parameters=WRITE, add=None):
@@ -232,16 +232,21 @@ class Layer:
         )
 
 
-def check_step(kernels, dtype, shape, axis, alone=False, in_place=False, offset=0.0, **options):
+def check_step(
+    kernels, dtype, shape, axis, alone=False, in_place=False, offset=0.0, first=None, **options
+):
     """One training step of one device against NumPy in float64.
 
     ``offset``: how far from zero the channels are, one above and the next below.
+    ``first``: what the first element of every channel is.
     """
     rng = np.random.RandomState(0)
     signs = np.where(np.arange(shape[axis]) % 2, -1, 1)
     per_channel = [1] * len(shape)
     per_channel[axis] = -1
     x = (rng.randn(*shape) + offset * signs.reshape(per_channel)).astype(dtype)
+    if first is not None:
+        np.moveaxis(x, axis, -1)[(0,) * (x.ndim - 1)] = first
     dy = rng.randn(*shape).astype(dtype)
     layer = Layer(kernels, dtype, shape, axis, alone=alone, **options)
     wanted = batch_norm([x], [dy], layer.gamma_value.astype("float64"), layer.beta_value, axis=axis)
@@ -265,6 +270,33 @@ def check_step(kernels, dtype, shape, axis, alone=False, in_place=False, offset=
     assert largest_error(layer.var.numpy(), 1.8 + 0.1 * wanted.var) < parameters
 
 
+def check_float64_far_from_zero(kernels, shape, axis, alone, offset=1e6):
+    """As exact as two passes over the data are."""
+    rng = np.random.RandomState(0)
+    x, dy = rng.randn(*shape) + offset, rng.randn(*shape) + 3
+    layer = Layer(kernels, "float64", shape, axis, alone=alone)
+    of_batch = [dy], layer.gamma_value, layer.beta_value, axis
+    wanted = batch_norm_far_from_zero([x], offset, *of_batch)
+    two_passes = batch_norm([x], *of_batch)
+    array = layer.kernels.device.array
+    xd, dyd, y, dx = array(x), array(dy), array(np.zeros(shape)), array(np.zeros(shape))
+    layer.forward(xd, y)
+    layer.backward(dyd, xd, dx)
+    # Where a two-pass computation happens to be exact, the last place of the mean.
+    least = np.spacing(offset)
+    assert largest_error(y.numpy(), wanted.y[0]) < max(
+        least, largest_error(two_passes.y[0], wanted.y[0])
+    )
+    assert largest_error(dx.numpy(), wanted.dx[0]) < max(
+        4 * least, largest_error(two_passes.dx[0], wanted.dx[0])
+    )
+    np.testing.assert_allclose(layer.var.numpy(), 1.8 + 0.1 * wanted.var, rtol=1e-10)
+    variance = layer.statistics.numpy()[layer.channels : 2 * layer.channels] / (
+        x.size / x.shape[axis]
+    )
+    np.testing.assert_allclose(variance, wanted.var, rtol=1e-9)
+
+
 def check_two_devices(kernels, dtype, shape, axis):
     """Two shares of a batch, each with the other's sums, as one batch."""
     rng = np.random.RandomState(0)
@@ -272,25 +304,24 @@ def check_two_devices(kernels, dtype, shape, axis):
     dys = [rng.randn(*shape).astype(dtype) for _ in range(2)]
     layer = Layer(kernels, dtype, shape, axis)
     wanted = batch_norm(xs, dys, layer.gamma_value.astype("float64"), layer.beta_value, axis=axis)
-    others = []
-    for x in xs:
-        one = Layer(kernels, dtype, shape, axis)
-        device = kernels.device
-        one.forward(device.array(x), device.array(x.copy()))
-        others.append(kernels.read(one.statistics, 2 * one.channels + 1))
+    shares = [rows(x, axis) for x in xs]
+    total = moments(np.concatenate(shares))
     device = kernels.device
     sums = []
     for i in range(2):
         one = Layer(kernels, dtype, shape, axis)
         x, dy, y = device.array(xs[i]), device.array(dys[i]), device.array(np.zeros_like(xs[i]))
-        one.forward(x, y, add=others[1 - i])
+        one.forward(x, y)
+        brought = kernels.read(one.statistics, 2 * one.channels + 1)
+        np.testing.assert_allclose(brought, moments(shares[i]), rtol=1e-5, atol=1e-6)
+        one.forward(x, y, total=total)
         assert largest_error(y.numpy(), wanted.y[i]) < TOLERANCE[dtype]
         one.backward(dy, x, device.array(np.zeros_like(xs[i])))
         sums.append(kernels.read(one.sums, 2 * one.channels + 1))
     for i in range(2):
         one = Layer(kernels, dtype, shape, axis)
         x, dy, dx = device.array(xs[i]), device.array(dys[i]), device.array(np.zeros_like(xs[i]))
-        one.forward(x, device.array(np.zeros_like(xs[i])), add=others[1 - i])
+        one.forward(x, device.array(np.zeros_like(xs[i])), total=total)
         one.backward(dy, x, dx, add=sums[1 - i])
         assert largest_error(dx.numpy(), wanted.dx[i]) < TOLERANCE[dtype]
 
@@ -387,8 +418,30 @@ def check_no_measuring(kernels, dtype, shape, axis):
             )
         )
         assert (copy.numpy() == x).all()
-        statistics = layer.statistics.numpy()[: 2 * layer.channels + 1]
-        assert statistics.any() == measure
+        count = layer.statistics.numpy()[2 * layer.channels]
+        assert count == (x.size / shape[axis] if measure else NOT_MEASURED)
+
+
+def check_no_elements(kernels, dtype, shape, axis):
+    """A share without elements brings nothing, and a batch without any moves nothing."""
+    device = kernels.device
+    nothing = device.array(np.zeros(shape, dtype))
+    for alone in (False, True):
+        layer = Layer(kernels, dtype, shape, axis, alone=alone)
+        layer.forward(nothing, nothing)
+        layer.backward(nothing, nothing, nothing)
+        assert not layer.statistics.numpy()[: 2 * layer.channels + 1].any()
+        assert not layer.gamma_grad.numpy().any() and not layer.beta_grad.numpy().any()
+        assert (layer.mean.numpy() == 0.5).all() and (layer.var.numpy() == 2).all()
+        layer.forward(nothing, nothing, measured=False)
+        layer.backward(nothing, nothing, nothing, measured=False)
+    layer = Layer(kernels, dtype, shape, axis)
+    others = np.random.RandomState(0).randn(7, layer.channels)
+    layer.forward(nothing, nothing, total=moments(others))
+    layer.backward(nothing, nothing, nothing)
+    assert not kernels.read(layer.sums, 2 * layer.channels + 1).any()
+    assert largest_error(layer.mean.numpy(), 0.45 + 0.1 * others.mean(0)) < 1e-6
+    assert largest_error(layer.var.numpy(), 1.8 + 0.1 * others.var(0)) < 1e-6
 
 
 def check_values(kernels):

@@ -52,6 +52,20 @@ def batch_norm(xs, dys, gamma, beta, axis=1, epsilon=1e-5, statistics=None):
     )
 
 
+def batch_norm_far_from_zero(xs, offset, *args, **kwargs):
+    """`batch_norm` of float64 data near ``offset``, as exact as near zero."""
+    near = [x - offset for x in xs]
+    assert all((n + offset == x).all() for n, x in zip(near, xs))  # nothing was rounded
+    result = batch_norm(near, *args, **kwargs)
+    return result._replace(mean=result.mean + offset)
+
+
+def moments(rows):
+    """What a device brings to the exchange: means, sums of squares about them, the count."""
+    mean = rows.mean(0) if len(rows) else np.zeros(rows.shape[1])
+    return np.concatenate([mean, ((rows - mean) ** 2).sum(0), [len(rows)]])
+
+
 def batch_norm_layers(xs, dys, layers, axis=1):
     """Layers in a row, without scale and shift: the last y, the first dx, every layer's result."""
     channels = xs[0].shape[axis]

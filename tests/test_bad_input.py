@@ -247,15 +247,6 @@ def test_one_dimension():
         layer(mx.nd.ones(3))
 
 
-def test_an_empty_share():
-    layer = SyncBatchNorm(in_channels=3)
-    layer.initialize()
-    with mx.util.np_shape(True):
-        with autograd.record():
-            with pytest.raises(mx.MXNetError, match="the input is empty"):
-                layer(mx.nd.zeros((0, 3)))
-
-
 def test_channels_that_the_layer_does_not_have():
     layer = SyncBatchNorm(in_channels=3)
     layer.initialize()

@@ -164,6 +164,12 @@ def test_two_devices(kernels, dtype, shape, axis):
     checks.check_two_devices(kernels, dtype, shape, axis)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, axis", [((0, 3), 1), ((0, 8, 4, 4), 1), ((2, 8, 0), 1)])
+def test_no_elements(kernels, dtype, shape, axis):
+    checks.check_no_elements(kernels, dtype, shape, axis)
+
+
 def test_on_a_device_that_is_not_the_current_one(library):
     class Second(EmulatedDevice):
         index = 1
@@ -198,11 +204,25 @@ def test_on_a_device_that_is_not_the_current_one(library):
 
 @pytest.mark.parametrize(
     "shape, axis",
-    [((8, 2, 64, 64), 1), ((8, 64, 64, 2), -1), ((8, 3, 31, 33), 1), ((8, 33, 31, 5), -1)],
+    [
+        ((8, 2, 64, 64), 1),
+        ((8, 64, 64, 2), -1),
+        ((8, 3, 31, 33), 1),
+        ((8, 33, 31, 5), -1),
+        ((300, 65), 1),
+    ],
 )
 def test_far_from_zero(kernels, shape, axis):
     """10,000 standard deviations away float32 holds the data themselves to 1e-3."""
     checks.check_step(kernels, "float32", shape, axis, offset=1e4)
+    for alone in (False, True):
+        checks.check_float64_far_from_zero(kernels, shape, axis, alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, axis", [((8, 2, 64, 64), 1), ((8, 64, 64, 2), -1)])
+def test_a_far_first_element_costs_nothing(kernels, dtype, shape, axis):
+    checks.check_step(kernels, dtype, shape, axis, first=1e3)
 
 
 def test_the_same_bits_on_every_run_and_in_any_order(library, device):

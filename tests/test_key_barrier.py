@@ -10,8 +10,10 @@ import pytest
 
 from gluon_syncbn import library
 from gluon_syncbn.key_barrier import KeyBarrier
+from reference import moments
 
 LIBRARY = library.LIBRARY
+SUM, MOMENTS = 0, 1
 
 
 class Barrier:
@@ -26,7 +28,15 @@ class Barrier:
         LIBRARY.GluonSyncBNBarrierFree(self.handle)
 
     def arrive(
-        self, participant, values, num_devices, key="k", a_pass=0, round_number=0, kind="cpu"
+        self,
+        participant,
+        values,
+        num_devices,
+        key="k",
+        a_pass=0,
+        round_number=0,
+        kind="cpu",
+        merge=SUM,
     ):
         """Arrive and return a dict that is filled when the round ends."""
         values = np.ascontiguousarray(values, "float64")
@@ -48,6 +58,7 @@ class Barrier:
             kind.encode(),
             f"device {participant}".encode(),
             num_devices,
+            merge,
             values.ctypes.data_as(ctypes.POINTER(ctypes.c_double)),
             len(values),
             callback,
@@ -94,6 +105,47 @@ def test_sum_is_the_same_in_every_order_of_arrival(barrier):
         outs = wait(*[barrier.arrive(p, [values[p]], 4) for p in order])
         results.update(out["total"][0] for out in outs)
     assert len(results) == 1
+
+
+def total_moments(barrier, shares):
+    """What the exchange makes of shares of rows x channels, the same for everybody and always."""
+    results = set()
+    for order in itertools.permutations(range(len(shares))):
+        outs = [barrier.arrive(p, moments(shares[p]), len(shares), merge=MOMENTS) for p in order]
+        results.update(out["total"].tobytes() for out in wait(*outs))
+    assert len(results) == 1
+    return np.frombuffer(results.pop())
+
+
+def test_moments_are_merged_and_lose_nothing_far_from_zero(barrier, rng):
+    spread = np.array([1.0, 10.0])  # and the devices' means are apart
+    shares = [rng.randn(n, 2) * spread + i for i, n in enumerate((3, 50, 1, 400))]
+    wanted = moments(np.concatenate(shares))
+    np.testing.assert_allclose(total_moments(barrier, shares), wanted, rtol=1e-14)
+    for offset in (1e6, -1e6):
+        far = [share + offset for share in shares]
+        # What rounding left of the shares, brought back without rounding once more.
+        wanted = moments(np.concatenate(far) - offset)
+        total = total_moments(barrier, far)
+        np.testing.assert_allclose(total[:2], wanted[:2] + offset, rtol=1e-15)
+        np.testing.assert_allclose(total[2:], wanted[2:], rtol=1e-9)
+
+
+def test_moments_of_no_elements_change_nothing(barrier, rng):
+    shares = [rng.randn(n, 3) + 5 for n in (4, 2)]
+    nothing = np.zeros((0, 3))
+    wanted = total_moments(barrier, shares)
+    for place in range(3):
+        total = total_moments(barrier, [*shares[:place], nothing, *shares[place:]])
+        assert total.tobytes() == wanted.tobytes()
+    assert not total_moments(barrier, [nothing, nothing]).any()
+
+
+def test_a_sum_and_moments_do_not_meet(barrier):
+    first = barrier.arrive(0, [1, 2, 3], 2, merge=MOMENTS)
+    second = barrier.arrive(1, [1, 2, 3], 2)
+    for out in wait(first, second):
+        assert out["total"] is None and "bring different things under one key" in out["error"]
 
 
 def test_fast_device_opens_later_rounds(barrier):

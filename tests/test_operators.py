@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from mxnet import autograd
 
-from reference import batch_norm, largest_error
+from reference import batch_norm, batch_norm_far_from_zero, largest_error
 
-# What float16 outputs and float32 parameters can hold; float64 is limited by the exchanged sums.
+# What float16 outputs and float32 parameters can hold.
 TOLERANCE = {"float16": 2e-3, "float32": 3e-6, "float64": 1e-11}
 LAYOUTS = [
     ((6, 5), 1),
@@ -262,13 +262,50 @@ def test_a_large_offset_costs_nothing(axis, offset, kind, sizes, rng):
         assert largest_error(xs[i].grad.asnumpy(), want.dx[i]) < TOLERANCE["float32"]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("shape, axis", [((16, 4, 40, 40), 1), ((16, 40, 40, 4), -1)])
+@pytest.mark.parametrize("offset", [1e4, -1e6, 1e8])
+@pytest.mark.parametrize("kind, sizes", [(Layer, [9, 7]), (Layer, [2, 5, 9]), (Alone, [16])])
+def test_float64_far_from_zero(shape, axis, offset, kind, sizes, rng):
+    """As exact as two passes over the data are, and more exact than NumPy's two."""
+    xs, dys = shards_of(rng, shape, sizes, "float64", offset=offset)
+    xs = [x + i for i, x in enumerate(xs)]  # the devices' means are apart
+    dys = [dy + 3 for dy in dys]  # so that an error in the mean shows in the sum over dy (x - mean)
+    layer = kind(len(sizes), 4, "float64", axis=axis, momentum=0.0)
+    ys = numpy_of(run(layer, xs, dys))
+    dxs = numpy_of([x.grad for x in xs])
+    of_batch = numpy_of(dys), layer.gamma, layer.beta, axis
+    want = batch_norm_far_from_zero(numpy_of(xs), offset, *of_batch)
+    two_passes = batch_norm(numpy_of(xs), *of_batch)
+    for got, theirs, wanted in ((ys, two_passes.y, want.y), (dxs, two_passes.dx, want.dx)):
+        error = max(map(largest_error, got, wanted))
+        assert error < max(map(largest_error, theirs, wanted))
+    promised = 1e-15 * abs(offset)  # 1e-9 at 1e6
+    for mean, var in zip(layer.means, layer.vars):
+        np.testing.assert_allclose(var.asnumpy(), want.var, rtol=promised)
+        # Its last place, and what the devices' last places are apart.
+        np.testing.assert_allclose(mean.asnumpy(), want.mean, rtol=4e-16)
+
+
+def test_float64_far_from_zero_slice_by_slice(rng):
+    """The channels' offsets are of other sizes and signs."""
+    offsets = np.array([1e6, -1e5, 1e4, 3.0] * 10 + [1e6])
+    xs, dys = shards_of(rng, (5, 41, 60, 60), [5], "float64")
+    x = xs[0].asnumpy() + offsets[:, None, None]
+    near = x - offsets[:, None, None]
+    layer = Alone(1, 41, "float64", momentum=0.0)
+    (y,) = run(layer, [mx.nd.array(x, dtype="float64")], dys)
+    want = batch_norm([near], numpy_of(dys), layer.gamma, layer.beta)
+    np.testing.assert_allclose(layer.vars[0].asnumpy(), want.var, rtol=1e-12)
+    assert largest_error(y.asnumpy(), want.y[0]) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_a_far_first_element_costs_nothing(dtype, rng):
     """The sums are taken around a channel's first element, which may be far from all others."""
     xs, dys = shards_of(rng, (8, 3, 30, 30), [4, 4], dtype)
     for x in xs:
         x[0, :, 0, 0] = 1e3
-    layer = Layer(2, 3, "float32")
+    layer = Layer(2, 3, "float64" if dtype == "float64" else "float32")
     ys = run(layer, xs, dys)
     want = batch_norm(numpy_of(xs), numpy_of(dys), layer.gamma, layer.beta)
     for i in range(2):
@@ -281,6 +318,97 @@ def test_constant_channels_and_single_elements():
     ys = run(layer, xs, [mx.nd.ones_like(x) for x in xs])
     for y in ys:
         np.testing.assert_allclose(y.asnumpy()[0], layer.beta, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "shape, axis, nothing",
+    [
+        ((7, 3), 1, (0, 3)),
+        ((7, 3, 4, 4), 1, (0, 3, 4, 4)),
+        ((7, 3, 4, 4), 1, (2, 3, 0, 4)),
+        ((7, 4, 3), -1, (0, 4, 3)),
+        ((7, 4, 3), -1, (2, 0, 3)),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_share_without_elements_is_as_if_it_were_absent(shape, axis, nothing, place, dtype, rng):
+    xs, dys = shards_of(rng, shape, [4, 3], dtype)
+    parameter = "float64" if dtype == "float64" else "float32"
+    without = Layer(2, 3, parameter, axis=axis)
+    ys = run(without, xs, dys)
+    expected = list(zip(*map(numpy_of, (ys, [x.grad for x in xs], without.gammas, without.betas))))
+
+    with mx.util.np_shape():
+        place_for = [i for i in range(3) if i != place]
+        xs, dys = (
+            [a.as_in_context(mx.cpu(i)) for a, i in zip(arrays, place_for)] for arrays in (xs, dys)
+        )
+        for arrays in (xs, dys):
+            arrays.insert(place, mx.nd.zeros(nothing, ctx=mx.cpu(place), dtype=dtype))
+        layer = Layer(3, 3, parameter, axis=axis)
+        ys = run(layer, xs, dys)
+        got = list(zip(*map(numpy_of, (ys, [x.grad for x in xs], layer.gammas, layer.betas))))
+        y, dx = got.pop(place)[:2]
+        assert y.shape == dx.shape == nothing and y.dtype == dx.dtype == np.dtype(dtype)
+    for ours, theirs in zip(got, expected):
+        for a, b in zip(ours, theirs):
+            np.testing.assert_array_equal(a, b)
+    for parameters in (layer.gammas, layer.betas):
+        assert not parameters[place].grad.asnumpy().any()
+    for ours, theirs in ((layer.means, without.means), (layer.vars, without.vars)):
+        assert {a.asnumpy().tobytes() for a in ours} == {theirs[0].asnumpy().tobytes()}
+
+
+@pytest.mark.parametrize("shape, axis", [((0, 3), 1), ((2, 3, 0), 1), ((0, 4, 3), -1)])
+@pytest.mark.parametrize("kind, devices", [(Layer, 1), (Layer, 2), (Alone, 1)])
+@pytest.mark.parametrize("grad_req", ["write", "add"])
+def test_without_any_elements_nothing_moves(shape, axis, kind, devices, grad_req):
+    layer = kind(devices, 3, "float32", axis=axis, grad_req=grad_req, eps=0.0)
+    with mx.util.np_shape():
+        xs = [mx.nd.zeros(shape, ctx=mx.cpu(i)) for i in range(devices)]
+        ys = run(layer, xs, xs, grad_req)
+        for x, y in zip(xs, ys):
+            assert x.grad.asnumpy().shape == y.asnumpy().shape == shape
+    for array in layer.gammas + layer.betas:
+        assert not array.grad.asnumpy().any()
+    for mean, var in zip(numpy_of(layer.means), numpy_of(layer.vars)):
+        np.testing.assert_array_equal(mean, 0)
+        np.testing.assert_array_equal(var, 1)
+
+
+@pytest.mark.parametrize("kind", [Layer, Alone])
+def test_inference_without_elements(kind):
+    layer = kind(1, 3, "float32")
+    with mx.util.np_shape():
+        (y,) = run(layer, [mx.nd.zeros((0, 3))], [mx.nd.zeros((0, 3))], train_mode=False)
+        assert y.asnumpy().shape == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "kind, sizes", [(Alone, [1]), (Layer, [1]), (Layer, [1, 0]), (Layer, [0, 1])]
+)
+def test_one_value_per_channel(kind, sizes, dtype, rng):
+    """It is its own mean: y is beta, and no change of it changes anything."""
+    layer = kind(len(sizes), 3, "float64" if dtype == "float64" else "float32")
+    with mx.util.np_shape():
+        xs, dys = shards_of(rng, (1, 3), sizes, dtype, offset=100)
+        ys = run(layer, xs, dys)
+        for i, size in enumerate(sizes):
+            y, dx = ys[i].asnumpy(), xs[i].grad.asnumpy()
+            assert y.shape == dx.shape == (size, 3)
+            if size == 0:
+                continue
+            np.testing.assert_allclose(y[0], layer.beta, rtol=TOLERANCE[dtype])
+            # A part of gamma / sqrt(epsilon), by which the gradient would be multiplied.
+            assert np.abs(dx).max() < 1e-6 * 1.5 / np.sqrt(1e-5)
+            value = xs[i].asnumpy()[0].astype("float64")
+            np.testing.assert_array_equal(layer.gammas[i].grad.asnumpy(), 0)
+            np.testing.assert_allclose(layer.betas[i].grad.asnumpy(), dys[i].asnumpy()[0])
+    for mean, var in zip(layer.means, layer.vars):
+        np.testing.assert_allclose(mean.asnumpy(), 0.1 * value, rtol=1e-6)
+        np.testing.assert_allclose(var.asnumpy(), 0.9, rtol=1e-6)
 
 
 def test_not_a_number_stays_visible(rng):

@@ -203,3 +203,13 @@ def test_revert_refuses_a_bare_exchange():
     x = mx.sym.contrib.KeyBarrierSum(mx.sym.var("x"), key="k", num_devices=2, name="sums")
     with pytest.raises(ConversionError, match="sums .*take it out"):
         revert_batchnorm(x)
+
+
+def test_a_symbol_can_be_printed_and_drawn_with_shapes(capsys):
+    layer = SyncBatchNorm(in_channels=3, prefix="bn_")
+    symbol = mx.sym.Convolution(layer(mx.sym.var("data")), num_filter=4, kernel=(3, 3))
+    mx.viz.print_summary(symbol, shape={"data": (2, 3, 8, 9)})
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bn_")]
+    assert [line.split()[1] for line in lines] == ["3x8x9", "7", "3x8x9"]
+    drawn = mx.viz.plot_network(symbol, shape={"data": (2, 3, 8, 9)}).source
+    assert "bn_fwd" in drawn and "3x8x9" in drawn

@@ -15,7 +15,7 @@ from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
 import gluon_syncbn
-from gluon_syncbn import SyncBatchNorm
+from gluon_syncbn import ModelDataParallel, SyncBatchNorm, parallel_backward
 from networks import STATIC, Shared, convolutional, data_for, train
 from reference import batch_norm, largest_error
 
@@ -139,6 +139,105 @@ def test_inference_waits_for_nobody(hybridize):
     with autograd.record(train_mode=False):
         y = layer(mx.nd.ones((2, 3)))
     y.wait_to_read()
+
+
+@pytest.mark.parametrize("hybridize", [None, {}, {"static_alloc": True}, STATIC])
+@pytest.mark.parametrize("num_devices", [None, 1])
+@pytest.mark.parametrize("nothing, axis", [((0, 3, 4), 1), ((2, 3, 0), 1), ((0, 4, 3), -1)])
+def test_arrays_without_elements(hybridize, num_devices, nothing, axis, rng):
+    """As nn.BatchNorm takes them, but that the moving statistics do not become NaN."""
+    with mx.util.np_shape():
+        some = tuple(n or 5 for n in nothing)
+        results = []
+        for layer in (SyncBatchNorm(num_devices=num_devices, axis=axis), nn.BatchNorm(axis=axis)):
+            layer.initialize()
+            if hybridize is not None:
+                layer.hybridize(**hybridize)
+            statistics = []
+            # In training nn.BatchNorm's are NaN after the first array without elements.
+            for shape, training in [(some, True), (nothing, False), (some, False), (nothing, True)]:
+                x = mx.nd.array(rng.randn(*shape))
+                x.attach_grad()
+                with autograd.record(train_mode=training):
+                    y = layer(x)
+                y.backward()
+                mx.nd.waitall()
+                assert y.shape == y.asnumpy().shape == x.grad.asnumpy().shape == shape
+                moving = layer.running_mean, layer.running_var
+                statistics.append([p.data().asnumpy() for p in moving])
+            results.append((layer.gamma.grad().asnumpy(), statistics))
+        (gradient, statistics), (_, theirs) = results
+        assert np.isnan(theirs[-1][0]).all()
+        np.testing.assert_array_equal(gradient, 0)
+        for after in statistics[1:]:
+            np.testing.assert_array_equal(after, statistics[0])
+
+
+@pytest.mark.parametrize("hybridize", [None, {}, STATIC])
+@pytest.mark.parametrize("sizes", [(4, 0), (0, 4), (0, 0)])
+def test_a_device_without_elements_beside_others(hybridize, sizes, two, rng):
+    with mx.util.np_shape(2):  # in all threads
+        layer = SyncBatchNorm(in_channels=3)
+        layer.initialize(ctx=two)
+        if hybridize is not None:
+            layer.hybridize(**hybridize)
+        model = ModelDataParallel(layer, two)
+        statistics = np.zeros(3), np.ones(3)
+        for _ in range(3):
+            values = [rng.randn(size, 3) for size in sizes]
+            xs = [mx.nd.array(v, ctx=c) for v, c in zip(values, two)]
+            for x in xs:
+                x.attach_grad()
+            with autograd.record():
+                ys = model(xs)
+            parallel_backward(ys, xs)
+            mx.nd.waitall()
+            want = batch_norm(values, values, np.ones(3), np.zeros(3)) if any(sizes) else None
+            for i, size in enumerate(sizes):
+                assert ys[i].asnumpy().shape == xs[i].grad.asnumpy().shape == (size, 3)
+                dgamma = layer.gamma.list_grad()[i].asnumpy()
+                if size == 0:
+                    assert not dgamma.any() and not layer.beta.list_grad()[i].asnumpy().any()
+                    continue
+                assert largest_error(ys[i].asnumpy(), want.y[i]) < 3e-6
+                assert np.abs(xs[i].grad.asnumpy() - want.dx[i]).max() < 3e-6
+                assert largest_error(dgamma, want.dgamma[i]) < 3e-6
+            if want is not None:
+                statistics = [0.9 * s + 0.1 * n for s, n in zip(statistics, (want.mean, want.var))]
+            for p, s in zip((layer.running_mean, layer.running_var), statistics):
+                first, second = (a.asnumpy() for a in p.list_data())
+                assert first.tobytes() == second.tobytes()
+                np.testing.assert_allclose(first, s, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("hybridize", [None, {}])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_one_value_per_channel_over_all_devices(hybridize, devices, two):
+    """As nn.BatchNorm takes it: y is beta.  (With two devices, the second has no input.)"""
+    results = []
+    for make in (SyncBatchNorm, nn.BatchNorm):
+        layer = make(in_channels=3, beta_initializer=mx.init.Constant(0.25))
+        layer.initialize(ctx=two[:devices])
+        if hybridize is not None:
+            layer.hybridize(**hybridize)
+        x = mx.nd.array([[1e3, -7.7, 0]])
+        x.attach_grad()
+        if make is SyncBatchNorm:
+            model = ModelDataParallel(layer, two[:devices])
+            with autograd.record():
+                (y,) = model([x])
+            parallel_backward([y])
+        else:
+            with autograd.record():
+                y = layer(x)
+            y.backward()
+        mx.nd.waitall()
+        np.testing.assert_array_equal(y.asnumpy(), 0.25)
+        np.testing.assert_array_equal(layer.gamma.grad(two[0]).asnumpy(), 0)
+        np.testing.assert_array_equal(layer.beta.grad(two[0]).asnumpy(), 1)
+        results.append([x.grad, layer.running_mean.data(), layer.running_var.data()])
+    for ours, theirs in zip(*results):
+        np.testing.assert_allclose(ours.asnumpy(), theirs.asnumpy(), rtol=1e-6, atol=1e-4)
 
 
 def test_export_and_import(tmp_path, rng):

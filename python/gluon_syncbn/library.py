@@ -52,6 +52,7 @@ _SIGNATURES = {
             ctypes.c_char_p,
             ctypes.c_char_p,
             ctypes.c_int,
+            ctypes.c_int,
             ctypes.POINTER(ctypes.c_double),
             ctypes.c_size_t,
             DONE,

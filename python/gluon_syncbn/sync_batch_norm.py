@@ -54,6 +54,12 @@ class SyncBatchNorm(nn.BatchNorm):
     Uneven shares are exact, since every element counts the same.  Outside of
     training it uses its moving statistics and waits for nobody.
 
+    A share without elements (under :func:`mxnet.util.np_shape`) adds nothing; where no device has
+    any, the moving statistics stay.  One value per channel over all devices is taken in training,
+    as nn.BatchNorm takes it: its variance is 0, so the result is ``beta`` and the gradient 0.
+    (PyTorch raises.  But a program with nn.BatchNorm must not break, and how many values all
+    devices have is known only after the call has returned.)
+
     Parameters
     ----------
     in_channels : int, default 0

@@ -9,9 +9,19 @@
 //   dx    = A * dy + B * (x - mean) + C,   A = gamma * r
 //   B     = -A * r^2 / count * sum(dy * (x - mean)),   C = -A / count * sum(dy)
 //
-// where mean, var, count and both sums run over all devices.  (x - mean) is the offset-free
-// quantity: it is taken first, with the mean as a pair of numbers, so that nothing is lost when
-// the data lie far from zero.
+// where mean, var, count and both sums run over all devices.
+//
+// Nothing is lost when the data lie far from zero, since products are only ever taken of distances.
+// The variance comes from sums of (x - pivot) and (x - pivot)^2, where the pivot is one of the
+// channel's own elements or a mean of some, in one pass; the devices' results (count, mean,
+// M2 = sum((x - mean)^2)) are merged pairwise, in a fixed order:
+//
+//   d = mean_b - mean_a,  mean = mean_a + d * count_b / count,
+//   M2 = M2_a + M2_b + d^2 * count_a * count_b / count
+//
+// (Chan, Golub and LeVeque, "Algorithms for computing the sample variance: analysis and
+// recommendations", The American Statistician 37, 1983; batch_norm_math.h.)  (x - mean) is taken
+// first, too, with the mean as a pair of numbers where x is not float64.
 //
 // These functions know no MXNet.  Each takes the device that it runs on, and all pointers are to
 // that device's memory.
@@ -46,9 +56,12 @@ struct Gpu {
   void* stream;  // a cudaStream_t
 };
 
-// The statistics that travel: sum(x), sum(x^2) per channel, then the count.
-// A count of 0 says that nobody measured: the moving statistics are used.
+// The statistics that travel: the mean and sum((x - mean)^2) per channel, then the count.
 inline std::size_t StatisticsSize(std::size_t channels) { return 2 * channels + 1; }
+// The count where nobody measured, outside of training: the moving statistics are used, and there
+// is nothing to exchange.  (A count of 0 is that of a share without elements, which is exchanged.)
+constexpr double kNotMeasured = -1.0;
+inline bool IsMeasured(double count) { return count >= 0; }
 // What the backward pass needs beside the exchanged sums: A and the mean, per channel.
 inline std::size_t CoefficientsSize(std::size_t channels) { return 2 * channels; }
 
@@ -58,14 +71,14 @@ struct MomentsForward {
   FeatureShape shape;
   const void* x;
   void* copy;    // x handed through; x itself or null: nothing is written
-  bool measure;  // false: the statistics become zeros, their count, too
+  bool measure;  // false: the statistics say kNotMeasured
   double* statistics;
 };
 
-// Normalize, forward.  In training (statistics with a count) it also moves the moving statistics,
-// with the biased variance, as MXNet's BatchNorm does.  With `batches`, how many batches there were
-// before, they become the average over all of them, whatever the momentum, and the number grows.
-// A momentum of 1 moves nothing, not even for data that are not finite.
+// Normalize, forward.  In training it also moves the moving statistics, with the biased variance,
+// as MXNet's BatchNorm does; but where no device had an element, they stay.  With `batches`, how
+// many batches there were before, they become the average over all of them, whatever the momentum,
+// and the number grows.  A momentum of 1 moves nothing, not even for data that are not finite.
 struct NormalizeForward {
   DataType type;
   FeatureShape shape;

@@ -5,15 +5,14 @@
 // what takes the time: each kernel reads and writes every element as often as it must, and what a
 // tile needs twice it gets from the cache the second time.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <vector>
 
 #include "batch_norm_kernels.h"
+#include "batch_norm_math.h"
 #include "cpu_loops.h"
 #include "cpu_threads.h"
 #include "feature_tiles.h"
-#include "moving_average.h"
 
 namespace gluon_syncbn {
 namespace {
@@ -50,21 +49,13 @@ const CpuLoops<double>& Loops() {
 }
 
 // Memory that a thread keeps from call to call, one piece per Use: small layers stay cheap.
-enum class Use { kTables, kChannelTable, kTileSums, kChannelSums };
+enum class Use { kTables, kChannelTable, kTileSums, kChannelSums, kMoments };
 template <Use use, typename Element>
 Element* Scratch(std::size_t size) {
   static thread_local std::vector<Element> buffer;
   if (buffer.size() < size) buffer.resize(size);
   return buffer.data();
 }
-
-// A float64 number as the sum of two, so that x - mean stays exact in the narrower type.
-template <typename W>
-struct Pair {
-  explicit Pair(double value) : high(static_cast<W>(value)), low(static_cast<W>(value - high)) {}
-  W high;
-  W low;
-};
 
 // Calls visit(c) for every channel.  Many channels are worth several threads, too.
 template <typename Visit>
@@ -85,13 +76,11 @@ class Tables {
         pitch_(std::max(tiles.channels(), tiles.columns())),
         table_(Scratch<Use::kTables, W>(4 * pitch_)) {}
 
-  // factor * dy + (x - mean) * scale + shift; the low part of the mean goes into the shift.
-  void Set(std::size_t c, double mean, double scale, double shift, double factor = 0.0) {
-    const Pair<W> pair(mean);
-    table_[c] = pair.high;
-    table_[pitch_ + c] = static_cast<W>(scale);
-    table_[2 * pitch_ + c] = static_cast<W>(shift - scale * pair.low);
-    table_[3 * pitch_ + c] = static_cast<W>(factor);
+  void Set(std::size_t c, const TableEntry<W>& entry) {
+    table_[c] = entry.mean;
+    table_[pitch_ + c] = entry.scale;
+    table_[2 * pitch_ + c] = entry.shift;
+    table_[3 * pitch_ + c] = entry.factor;
   }
 
   // Once all channels are set.
@@ -115,33 +104,68 @@ class Tables {
   W* const table_;
 };
 
-// sum(a) and sum(a * b) per channel; `then(tile)` runs while the tile is in the cache.
+double ToDouble(Float16 value) { return ToFloat(value); }
+double ToDouble(double value) { return value; }
+
+// Sums per tile and column, then per channel.  sum(tile, to) leaves `kept` rows of tile_columns()
+// numbers, then(tile) finds the tile in the cache.  When all are there, add(tile, c, from) gets
+// them column by column and tile after tile, in one thread: `from` is in the first row.
 //
 // The sums are float64 from the first addition on: float32 sums would need short blocks to be
 // accurate, and the conversion costs nothing while memory is the limit.
-template <typename T, typename Then>
-void SumTiles(const FeatureTiles& tiles, const T* a, const T* b, double* sums, double* products,
-              std::size_t channels, const Then& then) {
-  const std::size_t tile_columns = tiles.tile_columns();
+template <typename Sum, typename Then, typename Add>
+void SumTiles(const FeatureTiles& tiles, std::size_t kept, const Sum& sum, const Then& then,
+              const Add& add) {
   // Whole cache lines for each tile: neighbours may be the work of different threads.
-  const std::size_t pitch = (2 * tile_columns + 7) / 8 * 8;
+  const std::size_t pitch = (kept * tiles.tile_columns() + 7) / 8 * 8;
   double* partial = Scratch<Use::kTileSums, double>(tiles.count() * pitch);
   ParallelFor(tiles.count(), [&](std::size_t i) {
     const FeatureTile tile = tiles[i];
-    Loops<T>().sum(tile, a, b, partial + i * pitch, partial + i * pitch + tile_columns);
+    sum(tile, partial + i * pitch);
     then(tile);
   });
-  std::fill_n(sums, channels, 0.0);
-  std::fill_n(products, channels, 0.0);
   for (std::size_t i = 0; i < tiles.count(); ++i) {
     const FeatureTile tile = tiles[i];
-    const double* sum = partial + i * pitch;
-    const double* product = sum + tile_columns;
-    tiles.ForEachColumn(tile.first_column, tile.columns, [&](std::size_t column, std::size_t c) {
-      sums[c] += sum[column - tile.first_column];
-      products[c] += product[column - tile.first_column];
-    });
+    const double* from = partial + i * pitch;
+    tiles.ForEachColumn(tile.first_column, tile.columns,
+                        [&](std::size_t, std::size_t c) { add(tile, c, from++); });
   }
+}
+
+// The moments of every channel, into `statistics`.
+template <typename T, typename Then>
+void MeasureTiles(const FeatureTiles& tiles, const T* x, double* statistics, const Then& then) {
+  const std::size_t channels = tiles.channels(), columns = tiles.tile_columns();
+  // A tile's sums are about its own first elements.  All of a channel's are moved to one pivot, the
+  // mean of its first tile, which cannot be far from the others' unless the variance is as large.
+  struct Channel {
+    double pivot = 0.0, count = 0.0;
+    ShiftedSums sums;
+  };
+  Channel* all = Scratch<Use::kMoments, Channel>(channels);
+  std::fill_n(all, channels, Channel());
+  SumTiles(
+      tiles, 3,
+      [=](const FeatureTile& tile, double* to) {
+        Loops<T>().moments(tile, x, to, to + columns);
+        for (std::size_t i = 0; i < tile.columns; ++i) {
+          to[2 * columns + i] = ToDouble(x[tile.offset + i * tile.inner]);
+        }
+      },
+      then,
+      [=](const FeatureTile& tile, std::size_t c, const double* from) {
+        Channel& channel = all[c];
+        const double count = static_cast<double>(tile.rows * tile.inner);
+        const double sum = from[0], squares = from[columns], origin = from[2 * columns];
+        if (channel.count == 0) channel.pivot = origin + sum / count;
+        channel.sums.Add(origin - channel.pivot, count, sum, squares);
+        channel.count += count;
+      });
+  ForEachChannel(channels, [=](std::size_t c) {
+    const Moments moments = all[c].sums.About(all[c].pivot, all[c].count);
+    statistics[c] = moments.mean;
+    statistics[channels + c] = moments.m2;
+  });
 }
 
 template <typename T>
@@ -151,46 +175,6 @@ void CopyTile(const FeatureTile& tile, const T* from, T* to) {
     std::memcpy(to + at, from + at, tile.columns * tile.inner * sizeof(T));
   }
 }
-
-template <typename W>
-void Assign(Request request, W* to, double value) {
-  if (request == Request::kWrite) *to = static_cast<W>(value);
-  if (request == Request::kAdd) *to = static_cast<W>(*to + value);
-}
-
-// The statistics that a pass uses: over all devices, or the moving ones.
-struct ChannelStatistics {
-  double mean;
-  double var;
-};
-
-template <typename W>
-class StatisticsInUse {
- public:
-  StatisticsInUse(std::size_t channels, const double* statistics, const void* moving_mean,
-                  const void* moving_var)
-      : channels_(channels),
-        statistics_(statistics),
-        moving_mean_(static_cast<const W*>(moving_mean)),
-        moving_var_(static_cast<const W*>(moving_var)) {}
-
-  double count() const { return statistics_ == nullptr ? 0.0 : statistics_[2 * channels_]; }
-  bool measured() const { return count() > 0; }
-
-  ChannelStatistics operator[](std::size_t c) const {
-    if (!measured()) return {static_cast<double>(moving_mean_[c]), moving_var_[c]};
-    const double mean = statistics_[c] / count();
-    // Rounding can leave a constant channel's variance a little below 0; NaN must stay NaN.
-    const double var = statistics_[channels_ + c] / count() - mean * mean;
-    return {mean, var < 0 ? 0.0 : var};
-  }
-
- private:
-  std::size_t channels_;
-  const double* statistics_;
-  const W* moving_mean_;
-  const W* moving_var_;
-};
 
 // Calls visit(tile) for every tile, the last first: the pass before, over the same data, was the
 // one that took sums, and what it read last is what is still in the cache.
@@ -207,16 +191,16 @@ void RunTyped(const MomentsForward& k) {
   const T* x = static_cast<const T*>(k.x);
   T* copy = static_cast<T*>(k.copy);
   if (!k.measure) {
-    std::fill_n(k.statistics, StatisticsSize(channels), 0.0);
+    std::fill_n(k.statistics, 2 * channels, 0.0);
+    k.statistics[2 * channels] = kNotMeasured;
     if (copy != nullptr && copy != x) {
       ParallelFor(tiles.count(), [&](std::size_t i) { CopyTile(tiles[i], x, copy); });
     }
     return;
   }
-  SumTiles(tiles, x, x, k.statistics, k.statistics + channels, channels,
-           [=](const FeatureTile& tile) {
-             if (copy != nullptr && copy != x) CopyTile(tile, x, copy);
-           });
+  MeasureTiles(tiles, x, k.statistics, [=](const FeatureTile& tile) {
+    if (copy != nullptr && copy != x) CopyTile(tile, x, copy);
+  });
   k.statistics[2 * channels] = static_cast<double>(k.shape.count());
 }
 
@@ -226,23 +210,13 @@ template <typename T>
 void RunTyped(const NormalizeForward& k) {
   using W = Wide<T>;
   const FeatureTiles tiles(k.shape);
-  const std::size_t channels = k.shape.channels;
-  const W* gamma = static_cast<const W*>(k.gamma);
-  const W* beta = static_cast<const W*>(k.beta);
-  W* moving_mean = static_cast<W*>(k.moving_mean);
-  W* moving_var = static_cast<W*>(k.moving_var);
-  const StatisticsInUse<W> statistics(channels, k.statistics, moving_mean, moving_var);
+  const auto statistics = InUse<W>(k);
   Tables<W> tables(tiles);
-  const double momentum = Momentum<W>(k);
-  ForEachChannel(channels, [&](std::size_t c) {
-    const ChannelStatistics s = statistics[c];
-    const double gamma_c = k.fix_gamma ? 1.0 : static_cast<double>(gamma[c]);
-    tables.Set(c, s.mean, gamma_c / std::sqrt(s.var + k.epsilon), beta[c]);
-    if (!statistics.measured() || momentum == 1) return;
-    moving_mean[c] = static_cast<W>(momentum * moving_mean[c] + (1 - momentum) * s.mean);
-    moving_var[c] = static_cast<W>(momentum * moving_var[c] + (1 - momentum) * s.var);
+  ForEachChannel(k.shape.channels, [&](std::size_t c) {
+    tables.Set(c, NormalizeEntry(k, statistics, c));
+    MoveStatistics(k, statistics, c);
   });
-  if (statistics.measured()) CountBatch<W>(k);
+  if (statistics.Count() > 0) CountBatch<W>(k);
   if (k.y_request == Request::kNull) return;
   tables.Spread();
   const T* x = static_cast<const T*>(k.x);
@@ -252,66 +226,52 @@ void RunTyped(const NormalizeForward& k) {
   });
 }
 
-// What the gradient has per channel: r and A of batch_norm_kernels.h.
-template <typename W>
-struct Coefficients {
-  Coefficients(const NormalizeBackward& k, const ChannelStatistics& s, std::size_t c)
-      : r(1.0 / std::sqrt(s.var + k.epsilon)),
-        a(k.fix_gamma ? r : r * static_cast<const W*>(k.gamma)[c]) {}
-  double r;
-  double a;
-};
-
 // Moves two arrays once: dy and x in, both of which the sums are over.  dy handed through in place
 // stays where it is; dx out is a third, alone or where dy has to be copied.
 template <typename T>
 void RunTyped(const NormalizeBackward& k) {
   using W = Wide<T>;
   const FeatureTiles tiles(k.shape);
-  const std::size_t channels = k.shape.channels;
+  const std::size_t channels = k.shape.channels, columns = tiles.tile_columns();
   const T* dy = static_cast<const T*>(k.dy);
   const T* x = static_cast<const T*>(k.x);
   T* dx = static_cast<T*>(k.dx);
-  const StatisticsInUse<W> statistics(channels, k.statistics, k.moving_mean, k.moving_var);
+  const auto statistics = InUse<W>(k);
   const bool alone = k.statistics == nullptr;
+  // One table more: what the sums over x are about, the mean rounded to W.
   Tables<W> tables(tiles);
-  if (alone) {  // dx = A * dy
-    ForEachChannel(channels, [&](std::size_t c) {
-      tables.Set(c, 0.0, Coefficients<W>(k, statistics[c], c).a, 0.0);
-    });
-    tables.Spread();
-  }
-  double* sum_dy = Scratch<Use::kChannelSums, double>(2 * channels);
-  double* sum_dy_x = sum_dy + channels;
-  SumTiles(tiles, dy, x, sum_dy, sum_dy_x, channels, [&](const FeatureTile& tile) {
-    if (k.dx_request == Request::kNull) return;
-    if (alone) {
-      Loops<T>().affine(tile, tables.affine(), dy, dx, k.dx_request == Request::kAdd);
-    } else if (dx != dy) {
-      CopyTile(tile, dy, dx);
-    }
-  });
-
-  const double count = statistics.count();
   ForEachChannel(channels, [&](std::size_t c) {
-    const ChannelStatistics s = statistics[c];
-    const Coefficients<W> coefficients(k, s, c);
-    const double sum = sum_dy[c];
-    const double centred = sum_dy_x[c] - s.mean * sum;
-    Assign(k.gamma_request, static_cast<W*>(k.gamma_grad) + c,
-           k.fix_gamma ? 0.0 : centred * coefficients.r);
-    Assign(k.beta_request, static_cast<W*>(k.beta_grad) + c, sum);
-    const double per_element = statistics.measured() ? coefficients.a / count : 0.0;
-    if (k.statistics_grad != nullptr) {
-      k.statistics_grad[c] = -per_element * sum;
-      k.statistics_grad[channels + c] = -per_element * coefficients.r * coefficients.r * centred;
-    }
-    if (k.coefficients_grad != nullptr) {
-      k.coefficients_grad[c] = coefficients.a;
-      k.coefficients_grad[channels + c] = s.mean;
-    }
+    TableEntry<W> entry = ScaleEntry(k, statistics, c);
+    entry.factor = static_cast<W>(statistics.Mean(c));
+    tables.Set(c, entry);
   });
-  if (k.statistics_grad != nullptr) k.statistics_grad[2 * channels] = 0.0;
+  tables.Spread();
+  const W* about = tables.factor();
+  double* sum_dy = Scratch<Use::kChannelSums, double>(2 * channels);
+  double* sum_products = sum_dy + channels;
+  std::fill_n(sum_dy, 2 * channels, 0.0);
+  SumTiles(
+      tiles, 2,
+      [=](const FeatureTile& tile, double* to) {
+        Loops<T>().products(tile, about, dy, x, to, to + columns);
+      },
+      [&](const FeatureTile& tile) {
+        if (k.dx_request == Request::kNull) return;
+        if (alone) {
+          Loops<T>().affine(tile, tables.affine(), dy, dx, k.dx_request == Request::kAdd);
+        } else if (dx != dy) {
+          CopyTile(tile, dy, dx);
+        }
+      },
+      [=](const FeatureTile&, std::size_t c, const double* from) {
+        sum_dy[c] += from[0];
+        sum_products[c] += from[columns];
+      });
+  ForEachChannel(channels, [&](std::size_t c) {
+    // What rounding took from the mean.
+    const double mean = statistics.Mean(c), low = mean - static_cast<W>(mean);
+    FinishGradients(k, statistics, c, sum_dy[c], sum_products[c] - low * sum_dy[c]);
+  });
 }
 
 // Moves three arrays once: dy and x in, dx out.  dx needs the sums of all devices over dy and x,
@@ -321,12 +281,8 @@ void RunTyped(const MomentsBackward& k) {
   using W = Wide<T>;
   if (k.dx_request == Request::kNull) return;
   const FeatureTiles tiles(k.shape);
-  const std::size_t channels = k.shape.channels;
   Tables<W> tables(tiles);
-  ForEachChannel(channels, [&](std::size_t c) {
-    tables.Set(c, k.coefficients_grad[channels + c], k.statistics_grad[channels + c],
-               k.statistics_grad[c], k.coefficients_grad[c]);
-  });
+  ForEachChannel(k.shape.channels, [&](std::size_t c) { tables.Set(c, CombineEntry<W>(k, c)); });
   tables.Spread();
   const T* dy = static_cast<const T*>(k.dy);
   const T* x = static_cast<const T*>(k.x);

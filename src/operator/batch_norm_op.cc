@@ -56,9 +56,7 @@ class BatchNormOp : public mxnet::Operator {
 
   void Forward(const mxnet::OpContext& ctx, const Blobs& in_data, const Requests& req,
                const Blobs& out_data, const Blobs& aux) override {
-    const mxnet::TBlob& x = in_data[kData];
     measured_ = (ctx.is_train || param_.use_batch_stats) && !param_.use_global_stats;
-    if (measured_ && x.Size() == 0) RaiseEmpty(x.shape_);
     const NormalizeForward k = ForwardKernel(param_, in_data, req, out_data, aux);
     double* statistics = measured_ ? out_data[kStatistics].dptr<double>() : nullptr;
     OnDevice(ctx, [&](const auto& device) { RunAlone(device, k, statistics); });

@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "batch_norm_kernels.h"
+#include "batch_norm_math.h"
 #include "cpu_threads.h"
 #include "feature_tiles.h"
-#include "moving_average.h"
 
 namespace gluon_syncbn {
 namespace {
@@ -102,7 +102,7 @@ void RunAlone(Cpu cpu, const NormalizeForward& whole, double* statistics) {
     }
     Run(cpu, k);
   });
-  if (statistics == nullptr) return;
+  if (statistics == nullptr || whole.shape.count() == 0) return;
   wide ? CountBatch<double>(whole) : CountBatch<float>(whole);
 }
 

@@ -44,8 +44,13 @@ struct Affine {
 
 template <typename T>
 struct CpuLoops {
-  // Per channel of the tile: sum(a) and sum(a * b), in float64; a may be b.
-  void (*sum)(const FeatureTile& tile, const T* a, const T* b, double* sums, double* products);
+  // Per column of the tile, in float64: sum(d) and sum(d^2), where d is the distance from the
+  // column's first element.
+  void (*moments)(const FeatureTile& tile, const T* x, double* sums, double* squares);
+  // Per column of the tile, in float64: sum(dy) and sum(dy * (x - about)); `about` has a number for
+  // every column of the map.
+  void (*products)(const FeatureTile& tile, const Wide<T>* about, const T* dy, const T* x,
+                   double* sums, double* products);
   // y = (x - mean) * scale + shift, or y += ...; y may be x.
   void (*affine)(const FeatureTile& tile, const Affine<Wide<T>>& affine, const T* x, T* y,
                  bool add);

@@ -11,22 +11,10 @@
 #include <numeric>
 #include <type_traits>
 
+#include "batch_norm_math.h"
 #include "gpu_runtime.cuh"
 
 namespace gluon_syncbn {
-
-template <typename W>
-struct alignas(4 * sizeof(W) > 16 ? 16 : 4 * sizeof(W)) TableEntry {
-  W mean, scale, shift, factor;
-};
-
-// The mean as the sum of two numbers, so that x - mean stays exact: its low part is in the shift.
-template <typename W>
-__device__ TableEntry<W> Entry(double mean, double scale, double shift, double factor) {
-  const W high = static_cast<W>(mean);
-  const W low = static_cast<W>(mean - high);
-  return {high, static_cast<W>(scale), static_cast<W>(shift - scale * low), static_cast<W>(factor)};
-}
 
 // (Field by field: a choice between whole entries would go through memory.)
 template <typename W>

@@ -7,6 +7,11 @@
 // A thread adds up runs of some elements in the data's wide type, float32 for float16 and float32,
 // and the runs in float64; they are long enough that it does not matter where float64 is 64 times
 // slower.
+//
+// What is summed is said by `Sums`, as MomentsSums does: For(c, element) is what a thread's sums
+// for channel c are taken about, where `element` is the first that it reads; Add adds an element;
+// Finish(c, about, count, first, second) makes what a thread has summed, over `count` elements,
+// ready to be added to other threads'.
 #pragma once
 
 #include <algorithm>
@@ -115,12 +120,24 @@ class PlaneWalk {
   int left_;
 };
 
+// A run's sums.
+template <typename W>
+struct RunSums {
+  W first = 0, second = 0;
+  __device__ void AddTo(double* firsts, double* seconds) const {
+    *firsts += first;
+    *seconds += second;
+  }
+};
+
 // Planes that are whole accesses long.
 template <typename T, int V, typename Sums>
-__device__ void AddWholePlanes(PlaneWalk walk, const T* a, const T* b,
-                               const typename Sums::Channel& channel, double* first,
-                               double* second) {
+__device__ void AddWholePlanes(PlaneWalk walk, int64_t c, const T* a, const T* b, const Sums& sums,
+                               double* first, double* second) {
   using W = Wide<T>;
+  const int64_t count = int64_t(walk.Left()) * V;
+  if (count == 0) return;
+  const auto about = sums.For(c, ToWide(a[walk.Start() + int64_t(walk.Access()) * V]));
   const auto add = [&](auto unroll) {
     constexpr int kCount = decltype(unroll)::value;
     int64_t at[kCount];
@@ -135,56 +152,64 @@ __device__ void AddWholePlanes(PlaneWalk walk, const T* a, const T* b,
       as[u] = LoadWhole<T, V>(a, at[u]);
       if (Sums::kTwoArrays) bs[u] = LoadWhole<T, V>(b, at[u]);
     }
-    typename Sums::Run run(as[0][0]);
+    RunSums<W> run;
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
 #pragma unroll
-      for (int k = 0; k < V; ++k) run.Add(channel, as[u][k], Sums::kTwoArrays ? bs[u][k] : W(0));
+      for (int k = 0; k < V; ++k) {
+        Sums::Add(about, as[u][k], Sums::kTwoArrays ? bs[u][k] : W(0), &run.first, &run.second);
+      }
     }
-    run.AddTo(kCount * V, first, second);
+    run.AddTo(first, second);
   };
   while (walk.Left() >= kUnroll) add(std::integral_constant<int, kUnroll>());
   while (walk.Left() > 0) add(std::integral_constant<int, 1>());
+  sums.Finish(c, about, count, first, second);
 }
 
 // Planes that begin and end anywhere.
 template <typename T, int V, typename Sums>
-__device__ void AddAnyPlanes(PlaneWalk walk, const Extent& extent, const T* a, const T* b,
-                             const typename Sums::Channel& channel, double* first, double* second) {
+__device__ void AddAnyPlanes(PlaneWalk walk, const Extent& extent, int64_t c, const T* a,
+                             const T* b, const Sums& sums, double* first, double* second) {
   using W = Wide<T>;
+  if (walk.Left() <= 0) return;
   const int64_t size = extent.size();
+  // Where the access lies, and the channel's plane in it.
+  const auto place = [&] { return (walk.Start() / V + walk.Access()) * V; };
+  const int64_t plane = walk.Start();
+  const auto about =
+      sums.For(c, ToWide(a[Least(Greatest(place(), plane), plane + extent.inner - 1)]));
+  int64_t count = 0;
   while (walk.Left() > 0) {
     Pack<T, V> as[kUnroll], bs[kUnroll];
-    int begins[kUnroll], ends[kUnroll], count = 0;  // the elements that are the channel's
-    W pivot = 0;
+    int begins[kUnroll], ends[kUnroll];  // the elements that are the channel's
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       begins[u] = ends[u] = 0;
       if (walk.Left() > 0) {
-        const int64_t start = walk.Start(), end = start + extent.inner;
-        const int64_t at = (start / V + walk.Access()) * V;
+        const int64_t start = walk.Start(), end = start + extent.inner, at = place();
         as[u] = Load<T, V>(a, at, size);
         if (Sums::kTwoArrays) bs[u] = Load<T, V>(b, at, size);
         begins[u] = static_cast<int>(start > at ? start - at : 0);
         const int64_t left = end - at;  // below 0: nothing of it
         ends[u] = static_cast<int>(left < begins[u] ? begins[u] : left < V ? left : V);
-        if (u == 0) pivot = ToWide(a[at < start ? start : at < end ? at : end - 1]);
       }
       count += ends[u] - begins[u];
       walk.Next();
     }
-    typename Sums::Run run(pivot);
+    RunSums<W> run;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
       for (int k = 0; k < V; ++k) {
         if (k >= begins[u] && k < ends[u]) {
-          run.Add(channel, as[u][k], Sums::kTwoArrays ? bs[u][k] : W(0));
+          Sums::Add(about, as[u][k], Sums::kTwoArrays ? bs[u][k] : W(0), &run.first, &run.second);
         }
       }
     }
-    run.AddTo(count, first, second);
+    run.AddTo(first, second);
   }
+  sums.Finish(c, about, count, first, second);
 }
 
 // Grid: channels in groups of blockDim.y, slices.  Block: threads of a channel, channels.
@@ -197,9 +222,9 @@ __global__ void __launch_bounds__(kThreads)
   if (c < extent.channels) {
     const PlaneWalk walk(planes, c);
     if constexpr (whole) {
-      AddWholePlanes<T, V, Sums>(walk, a, b, sums.For(c), &first, &second);
+      AddWholePlanes<T, V>(walk, c, a, b, sums, &first, &second);
     } else {
-      AddAnyPlanes<T, V, Sums>(walk, extent, a, b, sums.For(c), &first, &second);
+      AddAnyPlanes<T, V>(walk, extent, c, a, b, sums, &first, &second);
     }
   }
   // blockDim.x is a power of 2.
@@ -245,25 +270,28 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kRun = 4 * kUnroll;  // rows
   const int64_t column = (int64_t(blockIdx.x) * kColumns + threadIdx.x) * V;
   double first[V] = {}, second[V] = {};
-  if (column < rows.width) {
-    decltype(sums.For(0)) channel[V];
+  const int64_t begin = int64_t(blockIdx.y) * rows.chunk + threadIdx.y;
+  const int64_t end = Least(int64_t(blockIdx.y + 1) * rows.chunk, rows.rows);
+  if (column < rows.width && begin < end) {
+    int64_t at = begin * rows.width + column;
+    const int64_t first_channel = column % rows.channels;
+    const auto next = [&](int64_t c) { return c + 1 == rows.channels ? 0 : c + 1; };
+    typename Sums::About about[V];
+    const Pack<T, V> elements = Load<T, V>(a, at, rows.size);
 #pragma unroll
-    for (int k = 0; k < V; ++k) channel[k] = sums.For((column + k) % rows.channels);
-    const int64_t begin = int64_t(blockIdx.y) * rows.chunk;
-    const int64_t end = begin + rows.chunk < rows.rows ? begin + rows.chunk : rows.rows;
+    for (int64_t k = 0, c = first_channel; k < V; ++k, c = next(c)) {
+      about[k] = sums.For(c, elements[k]);
+    }
+    const auto add = [&](const Pack<T, V>& as, const Pack<T, V>& bs, int k, RunSums<W>* run) {
+      Sums::Add(about[k], as[k], Sums::kTwoArrays ? bs[k] : W(0), &run->first, &run->second);
+    };
     const int64_t there = rows.size / rows.width;  // rows that are there to their end
-    const int64_t whole = end < there ? end : there;
-    int64_t left = whole - begin - threadIdx.y;
-    int64_t at = (begin + threadIdx.y) * rows.width + column;
+    int64_t left = Least(end, there) - begin;
     const int64_t step = kRowsAtOnce * rows.width;
     constexpr int kLast = (kUnroll - 1) * kRowsAtOnce;
     while (left > kLast) {
-      const Pack<T, V> pivots = LoadWhole<T, V>(a, at);
-      typename Sums::Run run[V];
-#pragma unroll
-      for (int k = 0; k < V; ++k) run[k] = typename Sums::Run(pivots[k]);
-      int count = 0;
-      for (; left > kLast && count < kRun; count += kUnroll) {
+      RunSums<W> run[V];
+      for (int count = 0; left > kLast && count < kRun; count += kUnroll) {
         Pack<T, V> as[kUnroll], bs[kUnroll];
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
@@ -275,25 +303,30 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int k = 0; k < V; ++k) {
 #pragma unroll
-          for (int u = 0; u < kUnroll; ++u) {
-            run[k].Add(channel[k], as[u][k], Sums::kTwoArrays ? bs[u][k] : W(0));
-          }
+          for (int u = 0; u < kUnroll; ++u) add(as[u], bs[u], k, &run[k]);
         }
       }
 #pragma unroll
-      for (int k = 0; k < V; ++k) run[k].AddTo(count, &first[k], &second[k]);
+      for (int k = 0; k < V; ++k) run[k].AddTo(&first[k], &second[k]);
     }
     // What is left, row by row; the last one may end before its width.
-    for (left += end - whole; left > 0; left -= kRowsAtOnce, at += step) {
-      const Pack<T, V> pack = Load<T, V>(a, at, rows.size);
-      Pack<T, V> other = {};
-      if (Sums::kTwoArrays) other = Load<T, V>(b, at, rows.size);
+    for (left += Greatest(end - there, 0); left > 0; left -= kRowsAtOnce, at += step) {
+      const Pack<T, V> as = Load<T, V>(a, at, rows.size);
+      Pack<T, V> bs = {};
+      if (Sums::kTwoArrays) bs = Load<T, V>(b, at, rows.size);
 #pragma unroll
-      for (int k = 0; k < V; ++k) {  // 0 behind the end, which adds nothing
-        typename Sums::Run run(pack[k]);
-        run.Add(channel[k], pack[k], Sums::kTwoArrays ? other[k] : W(0));
-        run.AddTo(1, &first[k], &second[k]);
+      for (int k = 0; k < V; ++k) {
+        if (at + k >= rows.size) continue;
+        RunSums<W> run;
+        add(as, bs, k, &run);
+        run.AddTo(&first[k], &second[k]);
       }
+    }
+    const int64_t last = at - step, mine = (end - begin + kRowsAtOnce - 1) / kRowsAtOnce;
+#pragma unroll
+    for (int64_t k = 0, c = first_channel; k < V; ++k, c = next(c)) {
+      const int64_t count = mine - (last + k >= rows.size);
+      sums.Finish(c, about[k], count, &first[k], &second[k]);
     }
   }
   // One sum after the other, to stay within the shared memory that every GPU has.
@@ -397,9 +430,10 @@ PartialSums ReduceRowsOf(const Gpu& gpu, const Extent& extent, const T* a, const
   return partial;
 }
 
-// Two sums per channel over a, or over a and b.  `Sums` says of what: see MomentsSums.
+// Two sums per channel over a, or over a and b.
 template <typename T, typename Sums>
 PartialSums Reduce(const Gpu& gpu, const Extent& extent, const T* a, const T* b, const Sums& sums) {
+  if (extent.size() == 0) return {extent.channels, extent.channels, 0, nullptr};
   constexpr int V = kPerAccess<T>;
   const bool aligned = Aligned(a) && Aligned(b);  // a slice of an array may not be
   if (extent.inner == 1) {

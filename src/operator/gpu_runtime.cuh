@@ -78,6 +78,8 @@ int BlocksAtATime(const Gpu& gpu, void (*kernel)(Parameters...)) {
 }
 
 inline int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__device__ inline int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
+__device__ inline int64_t Greatest(int64_t a, int64_t b) { return a < b ? b : a; }
 
 // A feature map: elements [outer][channels][inner].
 struct Extent {

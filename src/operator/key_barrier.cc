@@ -25,6 +25,9 @@ std::string Contradiction(const Arrival& first, int round_devices, const Arrival
   } else if (arrival.num_devices != round_devices) {
     os << arrival.name << " says num_devices=" << arrival.num_devices << ", but " << first.name
        << " says " << round_devices << "; give every device the same num_devices";
+  } else if (arrival.merge != first.merge) {
+    os << first.name << " and " << arrival.name << " bring different things under one key: a "
+       << "KeyBarrierSum and a SyncBatchNorm layer must have different ones";
   } else if (arrival.values.size() != first.values.size()) {
     os << arrival.name << " brings " << arrival.values.size() << " values, but " << first.name
        << " brings " << first.values.size()
@@ -180,10 +183,10 @@ void KeyBarrier::SortByParticipant(std::vector<Present>* present) {
 void KeyBarrier::Complete(Round round) {
   auto& present = round.present;
   SortByParticipant(&present);
-  std::vector<double>& total = present.front().arrival.values;
+  Arrival& first = present.front().arrival;
+  std::vector<double>& total = first.values;
   for (std::size_t i = 1; i < present.size(); ++i) {
-    const std::vector<double>& values = present[i].arrival.values;
-    for (std::size_t j = 0; j < total.size(); ++j) total[j] += values[j];
+    MergeInto(first.merge, present[i].arrival.values, &total);
   }
   const Outcome outcome{&total, round.id, static_cast<int>(present.size()), ""};
   for (auto& p : present) p.done(outcome);

@@ -1,9 +1,10 @@
 // The cross-device key-barrier sum exchange.
 //
 // Every participant brings a vector under a key; when all that are expected have come, each
-// gets the sum over all.  Nobody blocks: an arrival leaves a completion behind and returns, so no
-// order of arrival can deadlock.  The class knows neither MXNet nor any device; a participant is a
-// number, which fixes its place in the sum, and a name for messages.
+// gets the sum over all, or what else all come to (merge.h).  Nobody blocks: an arrival leaves a
+// completion behind and returns, so no order of arrival can deadlock.  The class knows neither
+// MXNet nor any device; a participant is a number, which fixes its place in the sum, and a name for
+// messages.
 #pragma once
 
 #include <chrono>
@@ -19,6 +20,8 @@
 #include <tuple>
 #include <utility>
 #include <vector>
+
+#include "merge.h"
 
 namespace gluon_syncbn {
 
@@ -41,6 +44,7 @@ struct Arrival {
   // From Reserve: the arrival waits for those of its participant that were reserved before it.
   // 0: it may go at once.
   std::uint64_t turn = 0;
+  Merge merge = Merge::kSum;  // of its values with the others'
 };
 
 // What every participant of a round gets.
@@ -74,7 +78,7 @@ class KeyBarrier {
   KeyBarrier& operator=(const KeyBarrier&) = delete;
 
   // Joins the oldest open round of its lane in which this participant is not yet present,
-  // or opens one.  The sum is taken in the order of the participants' numbers, not of arrival: the
+  // or opens one.  Values are merged in the order of the participants' numbers, not of arrival: the
   // result is the same, bit for bit, on every run.
   // An arrival whose length or number of devices contradicts its round fails the round.
   void Arrive(Arrival arrival, Completion done);

@@ -84,7 +84,7 @@ bool NaiveEngine() {
 }
 constexpr char kUnsetNaive[] = "unset MXNET_ENGINE_TYPE";
 
-// `only_counted`: sum only vectors that end in a count above 0, as SyncBatchNorm's statistics do.
+// `only_counted`: merge statistics, as SyncBatchNorm has them, where they were measured at all.
 class KeyBarrierSumOp : public mxnet::Operator {
  public:
   KeyBarrierSumOp(const KeyBarrierSumParam& param, const mxnet::Context& context, bool only_counted)
@@ -160,7 +160,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
   }
 
   bool IsExchanged(const std::vector<double>& values, int num_devices) const {
-    if (only_counted_ && !(values.back() > 0)) return false;
+    if (only_counted_ && !IsMeasured(values.back())) return false;
     if (!NaiveEngine()) return true;
     if (num_devices == 1) return false;
     Raise("NaiveEngine runs one operator at a time, so ", num_devices, " devices can never meet; ",
@@ -186,6 +186,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
     arrival.lane = only_counted_ ? pass_ : 0;
     arrival.turn = turn_;
     turn_ = 0;
+    if (only_counted_) arrival.merge = Merge::kMoments;
     barrier_->Arrive(std::move(arrival), [this, call](const Outcome& outcome) {
       round_ = outcome.round;
       round_devices_ = outcome.num_devices;

@@ -107,6 +107,7 @@ GLUON_SYNCBN_API void GluonSyncBNBarrierFree(Barrier barrier) {
   std::unique_ptr<KeyBarrier>{barrier};
 }
 
+// `merge`: 0 for a sum, 1 for moments; see merge.h.
 // `done(data, total, round, num_devices, error)`: total is null and error is set on failure.
 using DoneCallback = void (*)(void* data, const double* total, unsigned long long round,
                               int num_devices, const char* error);
@@ -115,7 +116,7 @@ using DoneCallback = void (*)(void* data, const double* total, unsigned long lon
 GLUON_SYNCBN_API int GluonSyncBNBarrierArrive(Barrier barrier, const char* key,
                                               unsigned long long pass, unsigned long long round,
                                               unsigned long long participant, const char* kind,
-                                              const char* name, int num_devices,
+                                              const char* name, int num_devices, int merge,
                                               const double* values, size_t count, DoneCallback done,
                                               void* data) {
   return Guarded([=] {
@@ -128,6 +129,7 @@ GLUON_SYNCBN_API int GluonSyncBNBarrierArrive(Barrier barrier, const char* key,
     arrival.kind = kind;
     arrival.name = name;
     arrival.num_devices = num_devices;
+    arrival.merge = static_cast<gluon_syncbn::Merge>(merge);
     arrival.values.assign(values, values + count);
     Get(barrier).Arrive(std::move(arrival), [done, data](const gluon_syncbn::Outcome& outcome) {
       done(data, outcome.total == nullptr ? nullptr : outcome.total->data(), outcome.round,

@@ -18,7 +18,7 @@
 namespace gluon_syncbn {
 namespace {
 
-enum Outputs { kHanded, kStatistics, kCoefficients };
+enum Outputs { kOutput, kStatistics, kCoefficients };
 
 struct MomentsParam : public dmlc::Parameter<MomentsParam> {
   int axis;
@@ -46,11 +46,10 @@ class MomentsOp : public mxnet::Operator {
     k.type = ToDataType(x.type_flag_);
     k.shape = ToFeatureShape(x.shape_, param_.axis);
     k.x = x.dptr_;
-    k.copy = req[kHanded] == mxnet::kNullOp ? nullptr : out_data[kHanded].dptr_;
-    // A count of 0: nobody measured, so the moving statistics are used and nobody waits.
+    k.copy = req[kOutput] == mxnet::kNullOp ? nullptr : out_data[kOutput].dptr_;
     k.measure = ctx.is_train || param_.use_batch_stats;
     k.statistics = out_data[kStatistics].dptr<double>();
-    PreferHugePages(out_data[kHanded]);
+    PreferHugePages(out_data[kOutput]);
     OnDevice(ctx, [&](const auto& device) { Run(device, k); });
   }
 
@@ -58,11 +57,11 @@ class MomentsOp : public mxnet::Operator {
                 const std::vector<mxnet::TBlob>&, const std::vector<mxnet::TBlob>& out_data,
                 const std::vector<mxnet::OpReqType>& req, const std::vector<mxnet::TBlob>& in_grad,
                 const std::vector<mxnet::TBlob>&) override {
-    const mxnet::TBlob& x = out_data[kHanded];
+    const mxnet::TBlob& x = out_data[kOutput];
     MomentsBackward k{};
     k.type = ToDataType(x.type_flag_);
     k.shape = ToFeatureShape(x.shape_, param_.axis);
-    k.dy = out_grad[kHanded].dptr_;
+    k.dy = out_grad[kOutput].dptr_;
     k.x = x.dptr_;
     k.statistics_grad = out_grad[kStatistics].dptr<double>();
     k.coefficients_grad = out_grad[kCoefficients].dptr<double>();
@@ -92,24 +91,22 @@ class MomentsProperty : public ParameterizedProperty<MomentsProperty, MomentsPar
     out->resize(3);
     aux->clear();
     mxnet::TShape& data = in->at(0);
-    Unify(&data, &out->at(kHanded), "data");
+    Unify(&data, &out->at(kOutput), "data");
     if (!mxnet::ndim_is_known(data)) return false;
     const auto channels = data[ChannelAxis(param_.axis, data.ndim())];
     if (mxnet::dim_size_is_known(channels)) {
       const auto c = static_cast<std::size_t>(channels);
-      out->at(kStatistics) = VectorShape(StatisticsSize(c));
+      out->at(kStatistics) = StatisticsShape(c);
       out->at(kCoefficients) = VectorShape(CoefficientsSize(c));
     }
-    if (!mxnet::shape_is_known(data)) return false;
-    if (data.Size() == 0) RaiseEmpty(data);
-    return true;
+    return mxnet::shape_is_known(data);
   }
 
   bool InferType(std::vector<int>* in, std::vector<int>* out,
                  std::vector<int>* aux) const override {
     out->resize(3, -1);
     aux->clear();
-    Unify(&in->at(0), &out->at(kHanded), "data");
+    Unify(&in->at(0), &out->at(kOutput), "data");
     out->at(kStatistics) = mshadow::kFloat64;
     out->at(kCoefficients) = mshadow::kFloat64;
     if (in->at(0) == -1) return false;
@@ -121,13 +118,13 @@ class MomentsProperty : public ParameterizedProperty<MomentsProperty, MomentsPar
   std::vector<int> DeclareBackwardDependency(const std::vector<int>& out_grad,
                                              const std::vector<int>&,
                                              const std::vector<int>& out_data) const override {
-    return {out_grad[kHanded], out_grad[kStatistics], out_grad[kCoefficients], out_data[kHanded]};
+    return {out_grad[kOutput], out_grad[kStatistics], out_grad[kCoefficients], out_data[kOutput]};
   }
 
   std::vector<std::pair<int, void*>> ForwardInplaceOption(
       const std::vector<int>& in_data, const std::vector<void*>& out_data) const override {
     if (!HandInPlace()) return {};
-    return {{in_data[0], out_data[kHanded]}};
+    return {{in_data[0], out_data[kOutput]}};
   }
 
   // MXNet numbers the entries wrongly where there are several (see docs/architecture.md), but the
@@ -135,7 +132,7 @@ class MomentsProperty : public ParameterizedProperty<MomentsProperty, MomentsPar
   std::vector<std::pair<int, void*>> BackwardInplaceOption(
       const std::vector<int>& out_grad, const std::vector<int>&, const std::vector<int>&,
       const std::vector<void*>& in_grad) const override {
-    return {{out_grad[kHanded], in_grad[0]}};
+    return {{out_grad[kOutput], in_grad[0]}};
   }
 };
 

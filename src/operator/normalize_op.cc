@@ -90,7 +90,7 @@ class NormalizeProperty : public BatchNormProperty<NormalizeProperty, NormalizeP
     const bool known = BatchNormProperty::InferShape(in, out, aux);
     if (mxnet::shape_is_known(in->at(kGamma))) {
       const auto channels = static_cast<std::size_t>(in->at(kGamma)[0]);
-      mxnet::TShape statistics = VectorShape(StatisticsSize(channels));
+      mxnet::TShape statistics = StatisticsShape(channels);
       mxnet::TShape coefficients = VectorShape(CoefficientsSize(channels));
       Unify(&statistics, &in->at(kStatistics), "statistics");
       Unify(&coefficients, &in->at(kCoefficients), "coefficients");

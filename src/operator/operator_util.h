@@ -63,11 +63,6 @@ inline int ChannelAxis(int axis, int ndim) {
   return axis < 0 ? axis + ndim : axis;
 }
 
-[[noreturn]] inline void RaiseEmpty(const mxnet::TShape& shape) {
-  Raise("SyncBatchNorm: the input is empty, of shape ", shape,
-        "; leave a device without data out of ModelDataParallel's list of inputs.");
-}
-
 inline FeatureShape ToFeatureShape(const mxnet::TShape& shape, int axis) {
   const int channel_axis = ChannelAxis(axis, shape.ndim());
   FeatureShape s{1, static_cast<std::size_t>(shape[channel_axis]), 1};
@@ -82,6 +77,11 @@ inline FeatureShape ToFeatureShape(const mxnet::TShape& shape, int axis) {
 // an output's first dimension and looks at the next.
 inline mxnet::TShape VectorShape(std::size_t size) {
   return mxnet::TShape({1, static_cast<nnvm::dim_t>(size)});
+}
+// Of the statistics on their way: mx.viz takes the first axis of whatever one operator gets of
+// another for the batch, and needs a second one.
+inline mxnet::TShape StatisticsShape(std::size_t channels) {
+  return {1, static_cast<nnvm::dim_t>(StatisticsSize(channels))};
 }
 
 // Makes two shapes or types of an operator the same; throws when they are known and differ.

@@ -67,9 +67,17 @@ def test_moving_statistics_requests_and_two_devices(kernels, dtype, shape, axis)
     checks.check_two_devices(kernels, dtype, shape, axis)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, axis", [((0, 3), 1), ((0, 8, 4, 4), 1), ((2, 8, 0), 1)])
+def test_no_elements(kernels, dtype, shape, axis):
+    checks.check_no_elements(kernels, dtype, shape, axis)
+
+
 @pytest.mark.parametrize("shape, axis", LAYOUTS[:2] + LAYOUTS[7:9])
 def test_far_from_zero(kernels, shape, axis):
     checks.check_step(kernels, "float32", shape, axis, offset=1e4)
+    for alone in (False, True):
+        checks.check_float64_far_from_zero(kernels, shape, axis, alone)
 
 
 def test_on_a_stream_of_its_own(on_another_stream):

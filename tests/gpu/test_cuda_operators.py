@@ -10,7 +10,7 @@ from mxnet import autograd
 from gluon_syncbn import library
 from gluon_syncbn.library import LIBRARY
 from mxnet_gpus import TOLERANCE, differentiable, load, need_gpus
-from reference import batch_norm, batch_norm_layers, largest_error
+from reference import batch_norm, batch_norm_layers, largest_error, moments
 
 pytestmark = need_gpus(1)
 GPU = mx.gpu(0)
@@ -66,12 +66,12 @@ def test_a_step(dtype, shape, axis, how, grad_req):
 
 
 def arrive(key, lane, name, num_devices, values):
-    """A second participant of the process's own exchange, from the host."""
+    """A second participant of the process's own exchange, with moments from the host."""
     done = library.DONE(lambda *_: None)
     numbers = (ctypes.c_double * len(values))(*values)
     status = LIBRARY.GluonSyncBNBarrierArrive(
-        None, key.encode(), lane, 12345, b"gpu", name.encode(), num_devices, numbers,
-        len(values), done, None,
+        None, key.encode(), lane, 12345, b"gpu", name.encode(), num_devices, 1,
+        numbers, len(values), done, None,
     )  # fmt: skip
     assert status == 0
     return done
@@ -84,10 +84,32 @@ def test_two_participants_on_one_gpu():
     with autograd.record():
         y = layer.meeting(on_gpu(x), 1, 2, "two")
     flat = other.transpose(0, 2, 3, 1).reshape(-1, 3).astype("float64")
-    statistics = [*flat.sum(0), *(flat**2).sum(0), len(flat)]
-    kept = arrive("two", 0, "the other", 2, statistics)
+    kept = arrive("two", 0, "the other", 2, moments(flat))
     wanted = batch_norm([x, other], [x, other], layer.gamma_value, layer.beta_value)
     assert largest_error(y.asnumpy(), wanted.y[0]) < TOLERANCE["float32"]
+    del kept
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0)])
+def test_a_share_without_elements(shape):
+    layer = Layer(3, "float32")
+    with mx.util.np_shape():
+        x = on_gpu(np.zeros(shape, "float32"))
+        grads = differentiable(x, layer.gamma, layer.beta)
+        others = np.random.RandomState(0).randn(7, 3)
+        with autograd.record():
+            y = layer.meeting(x, 1, 2, "nothing")
+        kept = arrive("nothing", 0, "the other", 2, moments(others))
+        assert y.asnumpy().shape == shape
+        means = layer.mean.asnumpy()
+        assert largest_error(means, 0.1 * others.mean(0)) < 1e-6
+        for forward in (lambda: layer.meeting(x, 1, 1, "nothing"), lambda: layer.alone(x, 1)):
+            with autograd.record():
+                y = forward()
+            autograd.backward([y], [x])
+            assert grads[0].asnumpy().shape == y.asnumpy().shape == shape
+            assert not grads[1].asnumpy().any() and not grads[2].asnumpy().any()
+            assert (layer.mean.asnumpy() == means).all()
     del kept
 
 
