@@ -41,6 +41,21 @@ def test_built_where_there_is_a_compiler():
         assert CUDA.exists(), "nvcc is on the path, but there is no CUDA side; run make clean build"
 
 
+def test_an_exception_in_a_callback_is_told_to_who_waits(tmp_path):
+    """It must not get into CUDA, which would end the process."""
+    here = pathlib.Path(__file__).parent
+    source, ours = here / "cuda_callback.cc", here.parent / "src/operator/cuda_library.cc"
+    cuda, program = tmp_path / "libgluon_syncbn_cuda.so", tmp_path / "program"
+    compiler = ["c++", "-std=c++17"]
+    for command in (
+        [*compiler, "-shared", "-fPIC", "-DCUDA_SIDE", source, "-o", cuda],
+        [*compiler, source, ours, "-o", program, "-ldl"],
+    ):
+        subprocess.run([*map(str, command)], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "5.000000 then it broke\n"), done
+
+
 PTX, MACHINE_CODE = 1, 2
 
 

@@ -279,6 +279,35 @@ def test_values_to_the_exchange_and_back(kernels):
     checks.check_values(kernels)
 
 
+def test_values_leave_the_thread_on_its_device(library):
+    """They are read in whichever thread finds them ready, a user's perhaps."""
+    library.Emulate(1, 0)
+    kernels = checks.Kernels(library, EmulatedDevice(library))  # device 0
+    current = ctypes.c_int()
+    assert library.cudaSetDevice(1) == 0
+    try:
+        checks.check_values(kernels)
+        assert library.cudaGetDevice(ctypes.byref(current)) == 0
+        assert current.value == 1
+    finally:
+        assert library.cudaSetDevice(0) == 0
+
+
+def test_planes_of_more_elements_than_an_int_counts(library):
+    """Of one element an access, as where arrays do not begin on 16 bytes: who reads what."""
+    outer, channels, inner, chunk, threads = 2, 3, 2**31 + 5, 10_000, 256
+    last_plane = inner // chunk  # the slice with the end of the first plane
+    for part in (0, last_plane, 2 * inner // chunk):
+        places = set()
+        for thread in range(threads):
+            at = (ctypes.c_int64 * chunk)()
+            arguments = [ctypes.c_int64(n) for n in (outer, channels, inner, chunk, part)]
+            count = library.EmulatedWalk(*arguments, thread, ctypes.c_int64(1), chunk, at)
+            places.update(at[:count])
+        wanted = range(part * chunk, min((part + 1) * chunk, outer * inner))
+        assert places == {i // inner * channels * inner + inner + i % inner for i in wanted}
+
+
 def test_errors_are_told(kernels):
     layer = checks.Layer(kernels, "float32", (2, 3), 1)
     kernel = checks.MomentsBackward(1, layer.shape)

@@ -17,6 +17,19 @@ from mxnet.gluon import nn
 from gluon_syncbn import SyncBatchNorm
 
 
+def test_large_pages_are_asked_for_where_there_is_memory(tmp_path):
+    here = os.path.dirname(os.path.abspath(__file__))
+    include = os.path.join(os.path.dirname(mx.__file__), "include")
+    # As CMakeLists.txt has it: MXNet's own definitions, less what needs other headers.
+    off = "MXNET_USE_CUDA MXNET_USE_MKLDNN MSHADOW_USE_CUDA MSHADOW_USE_CBLAS MSHADOW_USE_MKL "
+    off += "MSHADOW_USE_F16C _GLIBCXX_USE_CXX11_ABI"
+    command = ["c++", "-std=c++17", *(f"-D{name}=0" for name in off.split()), "-isystem", include]
+    program = str(tmp_path / "program")
+    subprocess.run([*command, os.path.join(here, "huge_pages.cc"), "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.stdout == "memory\n", done
+
+
 def addresses_in(net, x):
     """Run forward and backward and return {name of an operator's input or output: address}."""
     found = {}

@@ -294,3 +294,13 @@ def test_devices_of_two_kinds_do_not_meet(barrier):
     others = [barrier.arrive(i, [1.0], 2, kind="gpu") for i in range(2)]
     for out in wait(*others):
         np.testing.assert_array_equal(out["total"], [2.0])
+
+
+def test_many_rounds_fail_at_once(barrier):
+    """Without a pause between one and the next, which would make it 20 seconds here."""
+    outs = [barrier.arrive(0, [1.0], 2, key=f"k{i}") for i in range(2000)]
+    closing = threading.Thread(target=barrier.control.close, args=("the end",))
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
+    assert all(out["total"] is None and "the end" in out["error"] for out in outs)

@@ -165,7 +165,9 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
       error_ = e.what();
     }
     if (error_.empty()) return on_complete_();
-    // The engine keeps a list of failures without a lock; see KeyBarrier::Fail.
+    // The engine adds each failure to a list that has no lock
+    // (ThreadedEngine::AddToGlobalExceptions), so ours come one after the other.  What depends on a
+    // failed result looks for that failure in the list, finds it, and adds nothing.
     const std::lock_guard<std::mutex> lock(All().failing);
     const dmlc::Error failure(error_);
     on_complete_(&failure);

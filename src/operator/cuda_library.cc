@@ -3,8 +3,10 @@
 
 #include <dlfcn.h>
 
+#include <exception>
 #include <memory>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "cuda_functions.h"
@@ -53,13 +55,18 @@ void Check(const char* error) {
     Check(function(__VA_ARGS__));                                                                \
   } while (false)
 
-void CallDone(void* data, const double* values, std::size_t count, const char* error) {
+// Nothing may be thrown into CUDA, which ends the process.
+void CallDone(void* data, const double* values, std::size_t count, const char* error) noexcept {
   const std::unique_ptr<ValuesRead> done(static_cast<ValuesRead*>(data));
-  if (error != nullptr) {
-    (*done)({}, error);
-  } else {
-    (*done)({values, values + count}, "");
+  std::string why = error == nullptr ? "" : error;
+  if (error == nullptr) {
+    try {
+      return (*done)({values, values + count}, why);
+    } catch (const std::exception& e) {
+      why = e.what();
+    }
   }
+  (*done)({}, why);
 }
 
 }  // namespace

@@ -17,7 +17,8 @@ namespace gluon_syncbn {
 // Throws where the library is missing, was built without CUDA, or does not load.
 void NeedCudaLibrary();
 
-// See cuda_functions.h.  `done` gets the numbers, or why there are none; it must not throw.
+// See cuda_functions.h.  `done` gets the numbers, or why there are none.  What it throws when it
+// gets numbers, it gets as an error then.
 using ValuesRead = std::function<void(std::vector<double> values, const std::string& error)>;
 void ReadValues(int device, DataType type, const void* from, std::size_t count, ValuesRead done);
 void WriteValues(const Gpu& gpu, DataType type, Request request, const std::vector<double>& from,

@@ -78,8 +78,8 @@ constexpr int kUnroll = 4;
 // accesses: where it does not begin or end with one, the elements of its neighbours are left out.
 struct Planes {
   Extent extent;
-  int accesses;   // per plane
-  int64_t chunk;  // accesses per slice, of a channel
+  int64_t accesses;  // per plane
+  int64_t chunk;     // accesses per slice, of a channel
 };
 
 // A thread's walk over the accesses of its channel's slice: every blockDim.x-th.
@@ -88,21 +88,21 @@ class PlaneWalk {
   __device__ PlaneWalk(const Planes& planes, int64_t c)
       : to_next_plane_(planes.extent.channels * planes.extent.inner),
         accesses_(planes.accesses),
-        step_(static_cast<int>(blockDim.x) % planes.accesses),
-        step_start_(static_cast<int>(blockDim.x) / planes.accesses * to_next_plane_) {
+        step_(blockDim.x % planes.accesses),
+        step_start_(blockDim.x / planes.accesses * to_next_plane_) {
     const int64_t begin = int64_t(blockIdx.y) * planes.chunk;
     const int64_t all = planes.extent.outer * accesses_;
     const int64_t mine = begin + threadIdx.x;
     const int64_t end = begin + planes.chunk < all ? begin + planes.chunk : all;
     left_ = mine < end ? static_cast<int>((end - mine + blockDim.x - 1) / blockDim.x) : 0;
     start_ = mine / accesses_ * to_next_plane_ + c * planes.extent.inner;
-    access_ = static_cast<int>(mine % accesses_);
+    access_ = mine % accesses_;
   }
   // How many accesses the thread still has.
   __device__ int Left() const { return left_; }
   // Where the plane starts, and which of its accesses it is.
   __device__ int64_t Start() const { return start_; }
-  __device__ int Access() const { return access_; }
+  __device__ int64_t Access() const { return access_; }
   __device__ void Next() {
     --left_;
     access_ += step_;
@@ -115,10 +115,9 @@ class PlaneWalk {
 
  private:
   const int64_t to_next_plane_;
-  const int accesses_, step_;
-  const int64_t step_start_;
-  int64_t start_;
-  int left_, access_;
+  const int64_t accesses_, step_, step_start_;
+  int64_t start_, access_;
+  int left_;
 };
 
 // A run's sums.
@@ -144,7 +143,7 @@ __device__ void AddWholePlanes(PlaneWalk walk, int64_t c, const T* a, const T* b
     int64_t at[kCount];
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
-      at[u] = walk.Start() + int64_t(walk.Access()) * V;
+      at[u] = walk.Start() + walk.Access() * V;
       walk.Next();
     }
     Pack<T, V> as[kCount], bs[kCount];
@@ -391,8 +390,8 @@ PartialSums ReducePlanesOf(const Gpu& gpu, const Extent& extent, const T* a, con
   PartialSums partial{extent.channels, extent.channels, slices, nullptr};
   partial.sums = Scratch<double>(gpu, Use::kPartialSums, slices * 2 * extent.channels);
   Launch(gpu, kernel, dim3(static_cast<unsigned>(groups), slices),
-         dim3(threads, kThreads / threads),
-         Planes{extent, static_cast<int>(accesses), Ceil(work, slices)}, a, b, sums, partial.sums);
+         dim3(threads, kThreads / threads), Planes{extent, accesses, Ceil(work, slices)}, a, b,
+         sums, partial.sums);
   return partial;
 }
 

@@ -25,6 +25,21 @@ inline void Check(cudaError_t status) {
   throw std::runtime_error(message);
 }
 
+// The device on which this thread works, until the scope is left: the thread may be a user's.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device) {
+    Check(cudaGetDevice(&before_));
+    Check(cudaSetDevice(device));
+  }
+  ~CurrentDevice() { cudaSetDevice(before_); }
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
 inline cudaStream_t ToStream(const Gpu& gpu) { return static_cast<cudaStream_t>(gpu.stream); }
 
 // A launch by a function, not by <<<>>>, so that this is plain C++ (see tests/cuda_emulation).

@@ -3,10 +3,10 @@
 // A kernel reads or writes the pinned memory itself, and converts on the way.  A read ends in a
 // host function on the stream: no thread waits for it.
 #include <algorithm>
+#include <cstdio>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -106,10 +106,13 @@ struct Reading {
     if (status == cudaSuccess) {
       reading->done(reading->data, reading->values.get(), reading->count, nullptr);
     } else {
-      const std::string error = "gluon_syncbn on the GPU: CUDA error " +
-                                std::to_string(static_cast<int>(status)) +
-                                " before an exchange; an operator on this device failed.";
-      reading->done(reading->data, nullptr, 0, error.c_str());
+      char error[128];  // nothing here may throw: CUDA calls it
+      std::snprintf(
+          error, sizeof error,
+          "gluon_syncbn on the GPU: CUDA error %d before an exchange; an operator on this "
+          "device failed.",
+          static_cast<int>(status));
+      reading->done(reading->data, nullptr, 0, error);
     }
   }
 };
@@ -118,7 +121,7 @@ struct Reading {
 
 void ReadDeviceValues(int device, DataType type, const void* from, std::size_t count,
                       GluonSyncBNValuesRead done, void* data) {
-  Check(cudaSetDevice(device));
+  const CurrentDevice current(device);
   const Gpu gpu{device, cudaStreamPerThread};
   auto reading = std::make_unique<Reading>(count);
   reading->done = done;
@@ -143,7 +146,7 @@ void ReadDeviceValues(int device, DataType type, const void* from, std::size_t c
 void WriteDeviceValues(const Gpu& gpu, DataType type, Request request, const double* from,
                        std::size_t count, void* to) {
   if (request == Request::kNull) return;
-  Check(cudaSetDevice(gpu.device));
+  const CurrentDevice current(gpu.device);
   const PinnedValues values(count);
   std::copy_n(from, count, values.get());
   const int64_t n = static_cast<int64_t>(count);

@@ -20,7 +20,7 @@ namespace gluon_syncbn {
 // Call before writing a result.  It is advice; that it may fail does not matter.
 inline void PreferHugePages([[maybe_unused]] const mxnet::TBlob& result) {
 #if defined(__linux__)
-  if (result.dev_mask() != mxnet::cpu::kDevMask) return;
+  if (result.dev_mask() != mxnet::cpu::kDevMask || result.dptr_ == nullptr) return;
   constexpr std::size_t kLeast = 4u << 20, kPage = 4096;
   const std::size_t bytes = result.Size() * mshadow::mshadow_sizeof(result.type_flag_);
   if (bytes < kLeast) return;

@@ -170,7 +170,7 @@ void KeyBarrier::Join(Present present, Ended* ended) {
 }
 
 void KeyBarrier::Tell(Ended ended) {
-  Fail(std::move(ended.failed), std::chrono::milliseconds(0));
+  Fail(std::move(ended.failed));
   for (auto& round : ended.complete) Complete(std::move(round));
 }
 
@@ -192,15 +192,9 @@ void KeyBarrier::Complete(Round round) {
   for (auto& p : present) p.done(outcome);
 }
 
-// The engine that MXNet 1.9.1 runs on keeps a list of failed operators without a lock around it
-// (ThreadedEngine::AddToGlobalExceptions).  Two devices that fail at the same moment would both
-// write to it, so the barrier's own thread leaves each a moment to pass its failure on.
-void KeyBarrier::Fail(std::vector<FailedRound> failed, std::chrono::milliseconds pause) {
-  bool first = true;
+void KeyBarrier::Fail(std::vector<FailedRound> failed) {
   for (auto& f : failed) {
     for (auto& p : f.round.present) {
-      if (!first) std::this_thread::sleep_for(pause);
-      first = false;
       p.done(Outcome{nullptr, 0, 0, f.error, f.expired, f.shared_origin});
     }
   }
@@ -305,7 +299,7 @@ void KeyBarrier::Abort(const std::vector<std::uint64_t>& passes, const std::stri
                         why);
     Advance(&ended);  // who waited for the turn of what has just failed
   }
-  Fail(std::move(failed), std::chrono::milliseconds(10));
+  Fail(std::move(failed));
   Tell(std::move(ended));
 }
 
@@ -339,7 +333,7 @@ void KeyBarrier::Close(const std::string& why) {
     if (closed_.empty()) closed_ = why;
     failed = TakeRounds([](const Arrival&, Clock::time_point) { return true; }, why + ".");
   }
-  Fail(std::move(failed), std::chrono::milliseconds(10));
+  Fail(std::move(failed));
 }
 
 void KeyBarrier::SetTimeout(double seconds) {
@@ -404,7 +398,7 @@ void KeyBarrier::Watch() {
     }
     for (const auto& w : waiting_) next_look_ = std::min(next_look_, w.since + timeout_);
     lock.unlock();
-    Fail(std::move(failed), std::chrono::milliseconds(10));
+    Fail(std::move(failed));
     Tell(std::move(ended));
     lock.lock();
   }

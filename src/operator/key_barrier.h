@@ -164,8 +164,7 @@ class KeyBarrier {
   static void Tell(Ended ended);
   static void SortByParticipant(std::vector<Present>* present);
   static void Complete(Round round);
-  // `pause`: see the definition.
-  static void Fail(std::vector<FailedRound> failed, std::chrono::milliseconds pause);
+  static void Fail(std::vector<FailedRound> failed);
   void CountFailure(const std::string& key);
   bool SharesOrigin(const std::string& key) const;
   static std::string Describe(const Arrival& first);

@@ -3,3 +3,20 @@
 #include "../../src/operator/cuda_functions.cu"
 #include "../../src/operator/gpu_runtime.cu"
 #include "../../src/operator/gpu_values.cu"
+
+// Where a thread's accesses lie: for planes that are longer than what a test can hold.
+extern "C" __attribute__((visibility("default"))) int EmulatedWalk(int64_t outer, int64_t channels,
+                                                                   int64_t inner, int64_t chunk,
+                                                                   int64_t slice, int thread,
+                                                                   int64_t channel, int count,
+                                                                   int64_t* at) {
+  blockDim = dim3(gluon_syncbn::kThreads);
+  blockIdx = dim3(0, static_cast<unsigned>(slice));
+  threadIdx = dim3(static_cast<unsigned>(thread));
+  gluon_syncbn::PlaneWalk walk({{outer, channels, inner}, inner, chunk}, channel);
+  int walked = 0;
+  for (; walked < count && walk.Left() > 0; ++walked, walk.Next()) {
+    at[walked] = walk.Start() + walk.Access();
+  }
+  return walked;
+}

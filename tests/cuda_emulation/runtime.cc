@@ -304,6 +304,12 @@ EXPORT const char* cudaGetErrorString(cudaError_t error) {
   return "unknown error";
 }
 
+EXPORT cudaError_t cudaGetDevice(int* device) {
+  Enter(__func__);
+  *device = current_device;
+  return cudaSuccess;
+}
+
 EXPORT cudaError_t cudaSetDevice(int device) {
   Enter(__func__);
   if (device < 0 || device >= Devices()) return Result(cudaErrorInvalidDevice);
@@ -407,11 +413,6 @@ EXPORT const char* cudaGetErrorName(cudaError_t error) { return cudaGetErrorStri
 EXPORT cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 EXPORT cudaError_t cudaPeekAtLastError() { return last_error; }
 
-EXPORT cudaError_t cudaGetDevice(int* device) {
-  Enter(__func__);
-  *device = current_device;
-  return cudaSuccess;
-}
 EXPORT cudaError_t cudaGetDeviceCount(int* count) {
   Enter(__func__);
   *count = Devices();

@@ -1,0 +1,33 @@
+// Numbers that come from a GPU in a callback which does not bear exceptions; see
+// test_cuda_library.py. Compiled twice: as a stand-in for libgluon_syncbn_cuda.so, and as the
+// program that calls it.
+#include <cstdio>
+#include <stdexcept>
+#include <string>
+
+#include "../src/operator/cuda_functions.h"
+#include "../src/operator/cuda_library.h"
+
+#ifdef CUDA_SIDE
+
+// As a C library's function would be, with no way through it for an exception.
+GLUON_SYNCBN_CUDA(ReadValues, int, gluon_syncbn::DataType, const void* from, std::size_t count,
+                  GluonSyncBNValuesRead done, void* data) {
+  [&]() noexcept { done(data, static_cast<const double*>(from), count, nullptr); }();
+  return nullptr;
+}
+
+#else
+
+int main() {
+  const double value = 5;
+  std::string told;
+  gluon_syncbn::ReadValues(0, gluon_syncbn::DataType::kFloat64, &value, 1,
+                           [&](std::vector<double> values, const std::string& error) {
+                             told += error.empty() ? std::to_string(values.at(0)) : error;
+                             if (error.empty()) throw std::runtime_error(" then it broke");
+                           });
+  std::puts(told.c_str());
+}
+
+#endif
