@@ -10,6 +10,7 @@ LIBRARY := python/gluon_syncbn/libgluon_syncbn.so
 SOURCES := CMakeLists.txt $(wildcard src/operator/*)
 CXX_FILES := $(wildcard src/operator/*.h src/operator/*.inc src/operator/*.cc src/operator/*.cu* benchmarks/*.cc) \
   $(wildcard tests/*.c tests/*.cc tests/cuda_emulation/*.h tests/cuda_emulation/*.cc tests/sanitize/*.cc)
+MXNET_DIR = $(shell $(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("mxnet").origin))')
 BENCH_ARGS ?=
 EXAMPLE_ARGS ?=
 TEST_ARGS ?=
