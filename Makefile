@@ -77,7 +77,7 @@ $(CU112)/ready: requirements.txt tests/cuda_standins.py
 	touch $@
 
 $(LIBRARY): $(VENV)/ready $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build -G Ninja \
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build -G Ninja -DGLUON_SYNCBN_WERROR=ON \
 	  -DMXNET_DIR="$$($(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("mxnet").origin))')"
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build
 	@touch $@
