@@ -115,7 +115,7 @@ def test_a_fork_while_another_thread_is_in_the_barrier():
 def arrive():
     faults.hold_thread.value = 1
     LIBRARY.GluonSyncBNBarrierArrive(
-        None, b"other", 0, 0, b"cpu", b"device 0", 2, (ctypes.c_double * 1)(1), 1, done, None
+        None, b"other", 0, 0, 0, b"cpu", b"device 0", 2, 0, (ctypes.c_double * 1)(1), 1, done, None
     )
 
 def run():
