@@ -9,7 +9,8 @@ CU112 := .venv-cu112
 LIBRARY := python/gluon_syncbn/libgluon_syncbn.so
 SOURCES := CMakeLists.txt $(wildcard src/operator/*)
 CXX_FILES := $(wildcard src/operator/*.h src/operator/*.inc src/operator/*.cc src/operator/*.cu* benchmarks/*.cc) \
-  $(wildcard tests/*.c tests/*.cc tests/cuda_emulation/*.h tests/cuda_emulation/*.cc)
+  $(wildcard tests/*.c tests/*.cc tests/cuda_emulation/*.h tests/cuda_emulation/*.cc tests/sanitize/*.cc)
+MXNET_DIR = $(shell $(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("mxnet").origin))')
 BENCH_ARGS ?=
 EXAMPLE_ARGS ?=
 TEST_ARGS ?=
@@ -54,6 +55,9 @@ torch:  ## put PyTorch (CPU) into .venv-torch, where `make bench` finds it
 	$(PYTHON) -m venv .venv-torch
 	.venv-torch/bin/python -m pip install --quiet torch==2.13.0 "numpy<2.3"
 
+sanitize: $(VENV)/ready  ## build and stress everything under sanitizers, some minutes (SEED=1)
+	PATH="$(abspath $(BIN)):$$PATH" tests/sanitize/run.sh "$(abspath $(BIN))/python" "$(MXNET_DIR)" $(SEED)
+
 lint: $(VENV)/ready  ## check formatting and linting of Python and C++
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,7 +71,7 @@ format: $(VENV)/ready  ## format Python and C++
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist out python/gluon_syncbn/*.so python/*.egg-info
 
-.PHONY: help train finetune test build bench gluoncv cu112 emulated torch lint format clean
+.PHONY: help train finetune test build bench gluoncv cu112 emulated torch sanitize lint format clean
 
 $(CU112)/ready: requirements.txt tests/cuda_standins.py
 	$(PYTHON) -m venv $(CU112)
@@ -78,7 +82,7 @@ $(CU112)/ready: requirements.txt tests/cuda_standins.py
 
 $(LIBRARY): $(VENV)/ready $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build -G Ninja -DGLUON_SYNCBN_WERROR=ON \
-	  -DMXNET_DIR="$$($(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("mxnet").origin))')"
+	  -DMXNET_DIR="$(MXNET_DIR)"
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build
 	@touch $@
 

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Builds the exchange, the kernels and a stress of each under GCC's sanitizers and runs them; then
+# runs tests inside MXNet with the library under AddressSanitizer.
+#
+#   tests/sanitize/run.sh PYTHON MXNET_DIR [SEED]    (make sanitize)
+set -euo pipefail
+python=$1 mxnet=$2 seed=${3:-$RANDOM}
+cd "$(dirname "$0")/../.."
+out=build/sanitize
+mkdir -p $out
+common=(-std=c++17 -g -Wall -Wextra -fno-sanitize-recover=all -Isrc/operator -fopenmp -pthread)
+
+stress() {  # name sanitizers
+  local dir=$out/${2//,/-}
+  mkdir -p "$dir"
+  local flags=("${common[@]}" -O1 "-fsanitize=$2")
+  g++ "${flags[@]}" tests/sanitize/exchange_stress.cc src/operator/key_barrier.cc \
+    -o "$dir/exchange_stress"
+  local objects=() loops=(baseline) defines=()
+  if [ "$(uname -m)" = x86_64 ]; then
+    loops+=(avx2 avx512)
+    defines=(-DGLUON_SYNCBN_X86_LOOPS=1)
+  fi
+  for set in "${loops[@]}"; do
+    local machine=()
+    [ $set = baseline ] || machine=(-mavx2 -mfma -mf16c)
+    [ $set != avx512 ] || machine+=(-mavx512f -mavx512bw -mavx512dq -mavx512vl)
+    g++ "${flags[@]}" "${machine[@]}" -c src/operator/cpu_loops_$set.cc -o "$dir/$set.o"
+    objects+=("$dir/$set.o")
+  done
+  g++ "${flags[@]}" "${defines[@]}" tests/sanitize/kernels_stress.cc \
+    src/operator/batch_norm_kernels_cpu.cc src/operator/batch_norm_slices_cpu.cc "${objects[@]}" \
+    -o "$dir/kernels_stress"
+  echo "== $1"
+  "$dir/exchange_stress" "$seed"
+  "$dir/kernels_stress" "$seed"
+}
+
+stress ThreadSanitizer thread
+stress "AddressSanitizer and UndefinedBehaviorSanitizer" address,undefined
+
+echo "== AddressSanitizer inside MXNet"
+package=$out/python/gluon_syncbn
+mkdir -p $package
+cp python/gluon_syncbn/*.py $package/
+cmake -S . -B $out/mxnet -G Ninja -DMXNET_DIR="$mxnet" -DGLUON_SYNCBN_CUDA=OFF \
+  -DGLUON_SYNCBN_LIBRARY_DIR="$PWD/$package" -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+  -DCMAKE_CXX_FLAGS="-fsanitize=address" >/dev/null
+cmake --build $out/mxnet --target gluon_syncbn
+# MXNet and Python leak by design; what they and we write beyond is what counts.
+PYTHONPATH="$PWD/$out/python" LD_PRELOAD="$(g++ -print-file-name=libasan.so)" \
+  ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 PYTHONMALLOC=malloc \
+  "$python" -m pytest -q -p no:cacheprovider tests/test_key_barrier.py tests/test_passes.py \
+  tests/test_in_place.py tests/test_sync_batch_norm.py
