@@ -81,7 +81,7 @@ $(CU112)/ready: requirements.txt tests/cuda_standins.py
 	touch $@
 
 $(LIBRARY): $(VENV)/ready $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build -G Ninja \
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build -G Ninja -DGLUON_SYNCBN_WERROR=ON \
 	  -DMXNET_DIR="$(MXNET_DIR)"
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build
 	@touch $@

@@ -21,7 +21,9 @@ faults = types.SimpleNamespace(**{
 })
 
 def wait_for(fault, value):
+    end = time.monotonic() + 60
     while fault.value != value:
+        assert time.monotonic() < end
         time.sleep(0.001)
 """
 
