@@ -208,9 +208,12 @@ def test_fix_gamma_is_one_with_no_gradient(rng):
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_moving_statistics_are_used_and_nobody_waits(how, dtype, rng):
     (x,), (dy,) = shards_of(rng, (4, 5, 3), [4], dtype)
-    layer = Layer(2, 5, "float64" if dtype == "float64" else "float32")  # the other never comes
-    mean, var = rng.randn(5), rng.rand(5) + 0.5
-    layer.means[0][:], layer.vars[0][:] = mx.nd.array(mean), mx.nd.array(var)
+    parameter = "float64" if dtype == "float64" else "float32"
+    # The other never comes.  (By a third, an average with itself would not stay the same.)
+    layer = Layer(2, 5, parameter, momentum=1 / 3)
+    mean, var = rng.randn(5).astype(parameter), (rng.rand(5) + 0.5).astype(parameter)
+    for array, value in ((layer.means[0], mean), (layer.vars[0], var)):
+        array[:] = mx.nd.array(value, dtype=parameter)
     if how != "inference":
         parameters = {
             "gamma": layer.gammas[0],
@@ -227,7 +230,8 @@ def test_moving_statistics_are_used_and_nobody_waits(how, dtype, rng):
         y = layer.forward(0, x)
     y.backward(dy)
     statistics = layer.means[0].asnumpy().astype("float64"), layer.vars[0].asnumpy()
-    np.testing.assert_allclose(statistics[0], mean, rtol=1e-6)  # they have not moved
+    for array, value in zip(statistics, (mean, var)):  # they have not moved
+        np.testing.assert_array_equal(array, value)
     want = batch_norm([x.asnumpy()], [dy.asnumpy()], layer.gamma, layer.beta, statistics=statistics)
     assert largest_error(y.asnumpy(), want.y[0]) < TOLERANCE[dtype]
     assert largest_error(x.grad.asnumpy(), want.dx[0]) < TOLERANCE[dtype]
@@ -375,6 +379,15 @@ def test_without_any_elements_nothing_moves(shape, axis, kind, devices, grad_req
     for mean, var in zip(numpy_of(layer.means), numpy_of(layer.vars)):
         np.testing.assert_array_equal(mean, 0)
         np.testing.assert_array_equal(var, 1)
+
+
+def test_a_share_without_elements_brings_zeros():
+    with mx.util.np_shape(), autograd.train_mode():
+        _, brought, _ = mx.nd._internal._syncbn_moments(mx.nd.zeros((0, 3)))
+        assert not brought.asnumpy().any()
+    with autograd.predict_mode():
+        _, brought, _ = mx.nd._internal._syncbn_moments(mx.nd.ones((2, 3)))
+        assert brought.asnumpy().ravel()[-1] < 0  # nobody measured
 
 
 @pytest.mark.parametrize("kind", [Layer, Alone])

@@ -26,7 +26,6 @@ struct Moments {
 // algorithm for computing sample variances", Stanford STAN-CS-79-773, 1979.  Means are only ever
 // subtracted from each other, so nothing is lost however far from zero they lie.
 GLUON_SYNCBN_ON_ANY_DEVICE inline Moments Merged(const Moments& a, const Moments& b) {
-  if (!(b.count > 0)) return a;
   if (!(a.count > 0)) return b;
   const double count = a.count + b.count;
   const double distance = b.mean - a.mean, share = b.count / count;
