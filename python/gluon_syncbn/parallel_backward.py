@@ -4,7 +4,7 @@ from mxnet import autograd
 
 from . import device_threads, passes
 from .key_barrier import BARRIER
-from .shares import arrays_in
+from .nested import arrays_in
 
 
 def parallel_backward(losses, head_grads=None, retain_graph=False, train_mode=True):
