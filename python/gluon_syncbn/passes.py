@@ -12,7 +12,7 @@ import weakref
 from collections import deque, namedtuple
 from contextlib import contextmanager
 
-from mxnet import autograd
+from mxnet import autograd, ndarray
 
 from .key_barrier import BARRIER
 from .library import LIBRARY, check
@@ -73,7 +73,8 @@ class Pass:
                 continue
             for device in self.absent:
                 if parameter.grad_req == "write":
-                    parameter.grad(device)[:] = 0
+                    gradient = parameter.grad(device).as_nd_ndarray()  # it may be one of mx.np
+                    ndarray.zeros_like(gradient, out=gradient)
                 # What Trainer looks at to tell a gradient of this step from an old one.
                 parameter.data(device)._fresh_grad = True
 

@@ -169,6 +169,8 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
     // (ThreadedEngine::AddToGlobalExceptions), so ours come one after the other.  What depends on a
     // failed result looks for that failure in the list, finds it, and adds nothing.
     const std::lock_guard<std::mutex> lock(All().failing);
+    // They may be looking right now, for the failure before this one, on another worker.
+    std::this_thread::sleep_for(std::chrono::microseconds(200));
     const dmlc::Error failure(error_);
     on_complete_(&failure);
   }

@@ -65,12 +65,12 @@ def test_a_step(dtype, shape, axis, how, grad_req):
     assert largest_error(layer.mean.asnumpy(), 0.1 * wanted.mean) < 1e-5
 
 
-def arrive(key, lane, name, num_devices, values):
+def arrive(key, round_number, name, num_devices, values):
     """A second participant of the process's own exchange, with moments from the host."""
     done = library.DONE(lambda *_: None)
     numbers = (ctypes.c_double * len(values))(*values)
     status = LIBRARY.GluonSyncBNBarrierArrive(
-        None, key.encode(), lane, 12345, b"gpu", name.encode(), num_devices, 1,
+        None, key.encode(), 0, round_number, 12345, b"gpu", name.encode(), num_devices, 1,
         numbers, len(values), done, None,
     )  # fmt: skip
     assert status == 0
