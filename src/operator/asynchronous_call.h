@@ -106,12 +106,18 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
       queued.call->Taken(static_cast<mxnet::RunContext*>(run), queued.times);
       (*static_cast<mxnet::engine::CallbackOnComplete*>(done))();
     }
-    // When the process ends, the engine no longer runs what is queued; its workers delete it.
+    // When the process ends, the engine no longer runs what is queued: a worker throws it away.
     static void Delete(void* self) {
       const std::unique_ptr<Queued> queued(static_cast<Queued*>(self));
-      if (!queued->taken && self != Pushed()) queued->call->Taken(nullptr, queued->times);
+      if (queued->taken) return;
+      if (self == Pushed()) {
+        Pushed() = nullptr;
+      } else {
+        queued->call->Taken(nullptr, queued->times);
+      }
     }
-    // What this thread is pushing.  A push that fails deletes it, too.
+    // What this thread is pushing; null once it is gone.  A push that fails deletes it, and so does
+    // one during which a worker has thrown it away: MXNet's last copy is the pusher's.
     static void*& Pushed() {
       static thread_local void* pushed = nullptr;
       return pushed;
@@ -135,14 +141,20 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
   }
 
   bool Queue(int times) {
-    auto queued = std::make_unique<Queued>(Queued{shared_from_this(), times});
-    Queued::Pushed() = queued.get();
-    // The engine owns it from here on, whether this fails or not.
-    const int failed = MXEnginePushAsync(&Queued::Run, queued.release(), &Queued::Delete, &context_,
-                                         nullptr, 0, nullptr, 0);
-    Queued::Pushed() = nullptr;
-    if (failed != 0 && error_.empty()) error_ = MXGetLastError();
-    return failed == 0;
+    for (;;) {
+      auto queued = std::make_unique<Queued>(Queued{shared_from_this(), times});
+      void* const outer = std::exchange(Queued::Pushed(), queued.get());
+      // The engine owns it from here on, whether this fails or not.
+      const int failed = MXEnginePushAsync(&Queued::Run, queued.release(), &Queued::Delete,
+                                           &context_, nullptr, 0, nullptr, 0);
+      const bool gone = std::exchange(Queued::Pushed(), outer) == nullptr;
+      if (failed != 0 && error_.empty()) error_ = MXGetLastError();
+      if (failed != 0 || !gone) return failed == 0;
+      if (frame_.Left()) {
+        Complete(nullptr);
+        return true;
+      }
+    }
   }
 
   // By a worker of the device, from its queue.  `run`: null where nobody will see the result.
