@@ -27,6 +27,12 @@ def parallel_backward(losses, head_grads=None, retain_graph=False, train_mode=Tr
     train_mode : bool, default True
         Whether to differentiate for training.
 
+    Notes
+    -----
+    The devices' graphs must not share anything that was recorded: split a batch before it is
+    recorded, not within.  MXNet frees what a backward pass has gone through, and two threads
+    that go through one graph fail, or one device's part of the gradient is lost.
+
     Raises
     ------
     TypeError
