@@ -7,9 +7,8 @@ VENV ?= .venv$(if $(filter-out mxnet,$(MXNET)),-$(MXNET))
 BIN := $(VENV)/bin
 CU112 := .venv-cu112
 LIBRARY := python/gluon_syncbn/libgluon_syncbn.so
-SOURCES := CMakeLists.txt $(wildcard src/operator/*)
-CXX_FILES := $(wildcard src/operator/*.h src/operator/*.inc src/operator/*.cc src/operator/*.cu* benchmarks/*.cc) \
-  $(wildcard tests/*.c tests/*.cc tests/cuda_emulation/*.h tests/cuda_emulation/*.cc tests/sanitize/*.cc)
+SOURCES := CMakeLists.txt $(shell find src/operator -type f)
+CXX_FILES := $(shell find src/operator tests benchmarks -name "*.h" -o -name "*.inc" -o -name "*.c" -o -name "*.cc" -o -name "*.cu*")
 MXNET_DIR = $(shell $(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("mxnet").origin))')
 BENCH_ARGS ?=
 EXAMPLE_ARGS ?=

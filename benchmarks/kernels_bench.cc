@@ -3,7 +3,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../src/operator/batch_norm_kernels.h"
+#include "kernels/batch_norm_kernels.h"
 
 #define BENCH_API extern "C" __attribute__((visibility("default")))
 

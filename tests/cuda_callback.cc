@@ -5,8 +5,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "../src/operator/cuda_functions.h"
-#include "../src/operator/cuda_library.h"
+#include "kernels/cuda/functions.h"
+#include "adapter/cuda_library.h"
 
 #ifdef CUDA_SIDE
 

@@ -15,6 +15,7 @@ import sys
 
 HERE = pathlib.Path(__file__).parent
 SOURCES = HERE / "cuda_emulation"
+OPERATOR = HERE.parent / "src" / "operator"
 OURS = HERE.parent / "python" / "gluon_syncbn"
 FLAGS = "-std=c++17 -O2 -Wall -Wextra -Werror -Wno-unknown-pragmas -shared -fPIC -pthread".split()
 # A GPU does not forgive an access that is not aligned; a CPU would.
@@ -24,7 +25,7 @@ FLAGS += "-fsanitize=undefined -fno-sanitize-recover=all".split()
 def compile_library(path, sources, *options):
     path.parent.mkdir(parents=True, exist_ok=True)
     sources = [SOURCES / name for name in sources]
-    command = ["c++", *FLAGS, f"-I{SOURCES}", f"-Wl,-soname,{path.name}", *sources, *options]
+    command = ["c++", *FLAGS, f"-I{SOURCES}", f"-I{OPERATOR}", f"-Wl,-soname,{path.name}", *sources, *options]
     subprocess.run([*map(str, command), "-o", str(path)], check=True)
     return path
 

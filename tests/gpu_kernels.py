@@ -1,4 +1,4 @@
-"""The CUDA side's C functions (src/operator/cuda_functions.h) on arrays of a device.
+"""The CUDA side's C functions (src/operator/kernels/cuda/functions.h) on arrays of a device.
 
 The same checks run on a GPU (tests/gpu) and where CUDA is emulated (test_gpu_kernels.py).  A device
 has ``array(numpy_array)``, whose result has ``pointer`` and ``numpy()``, and ``index`` and

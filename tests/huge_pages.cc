@@ -1,6 +1,6 @@
 // Asks for large pages for a result that has memory, and for one that has none; see
 // test_in_place.py.  Prints the addresses that the system is told.
-#include "../src/operator/huge_pages.h"
+#include "adapter/huge_pages.h"
 
 #include <cstdio>
 #include <memory>

@@ -44,9 +44,9 @@ def test_built_where_there_is_a_compiler():
 def test_an_exception_in_a_callback_is_told_to_who_waits(tmp_path):
     """It must not get into CUDA, which would end the process."""
     here = pathlib.Path(__file__).parent
-    source, ours = here / "cuda_callback.cc", here.parent / "src/operator/cuda_library.cc"
+    source, ours = here / "cuda_callback.cc", here.parent / "src/operator/adapter/cuda_library.cc"
     cuda, program = tmp_path / "libgluon_syncbn_cuda.so", tmp_path / "program"
-    compiler = ["c++", "-std=c++17"]
+    compiler = ["c++", "-std=c++17", f"-I{here.parent}/src/operator"]
     for command in (
         [*compiler, "-shared", "-fPIC", "-DCUDA_SIDE", source, "-o", cuda],
         [*compiler, source, ours, "-o", program, "-ldl"],

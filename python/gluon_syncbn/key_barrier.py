@@ -28,7 +28,7 @@ def _seconds(value, where):
 
 
 class KeyBarrier:
-    """The rounds of one registry of keys; see ``src/operator/key_barrier.h``.
+    """The rounds of one registry of keys; see ``src/operator/exchange/key_barrier.h``.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ class KeyBarrier:
         return LIBRARY.GluonSyncBNBarrierFailures(self._handle, *_strings(keys))
 
     def new_pass(self):
-        """The number of a pass that begins; see ``src/operator/key_barrier.h``."""
+        """The number of a pass that begins; see ``src/operator/exchange/key_barrier.h``."""
         return LIBRARY.GluonSyncBNBarrierNewPass(self._handle)
 
     def abort(self, passes, why):

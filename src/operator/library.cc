@@ -9,11 +9,11 @@
 #include <utility>
 #include <vector>
 
-#include "cuda_library.h"
-#include "fork_handlers.h"
-#include "key_barrier.h"
-#include "passes.h"
-#include "process_barrier.h"
+#include "adapter/cuda_library.h"
+#include "adapter/fork_handlers.h"
+#include "exchange/key_barrier.h"
+#include "adapter/passes.h"
+#include "exchange/process_barrier.h"
 
 #define GLUON_SYNCBN_API extern "C" __attribute__((visibility("default")))
 

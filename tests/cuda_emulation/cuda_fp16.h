@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "../../src/operator/float16.h"
+#include "../../src/operator/kernels/cpu/float16.h"
 
 struct __half {
   std::uint16_t bits;

@@ -1,8 +1,8 @@
 // The CUDA side, compiled for the CPU; see cuda_runtime.h beside this file.
-#include "../../src/operator/batch_norm_kernels_gpu.cu"
-#include "../../src/operator/cuda_functions.cu"
-#include "../../src/operator/gpu_runtime.cu"
-#include "../../src/operator/gpu_values.cu"
+#include "kernels/cuda/batch_norm_kernels.cu"
+#include "kernels/cuda/functions.cu"
+#include "kernels/cuda/runtime.cu"
+#include "kernels/cuda/pinned_copy.cu"
 
 // Where a thread's accesses lie: for planes that are longer than what a test can hold.
 extern "C" __attribute__((visibility("default"))) int EmulatedWalk(int64_t outer, int64_t channels,

@@ -16,7 +16,7 @@
 #include <thread>
 #include <vector>
 
-#include "key_barrier.h"
+#include "exchange/key_barrier.h"
 
 namespace {
 

@@ -12,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include "batch_norm_kernels.h"
+#include "kernels/batch_norm_kernels.h"
 
 namespace {
 

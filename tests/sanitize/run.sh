@@ -14,7 +14,7 @@ stress() {  # name sanitizers
   local dir=$out/${2//,/-}
   mkdir -p "$dir"
   local flags=("${common[@]}" -O1 "-fsanitize=$2")
-  g++ "${flags[@]}" tests/sanitize/exchange_stress.cc src/operator/key_barrier.cc \
+  g++ "${flags[@]}" tests/sanitize/exchange_stress.cc src/operator/exchange/key_barrier.cc \
     -o "$dir/exchange_stress"
   local objects=() loops=(baseline) defines=()
   if [ "$(uname -m)" = x86_64 ]; then
@@ -25,11 +25,11 @@ stress() {  # name sanitizers
     local machine=()
     [ $loop = baseline ] || machine=(-mavx2 -mfma -mf16c)
     [ $loop != avx512 ] || machine+=(-mavx512f -mavx512bw -mavx512dq -mavx512vl)
-    g++ "${flags[@]}" "${defines[@]}" "${machine[@]}" -c src/operator/cpu_loops_$loop.cc -o "$dir/$loop.o"
+    g++ "${flags[@]}" "${defines[@]}" "${machine[@]}" -c src/operator/kernels/cpu/loops_$loop.cc -o "$dir/$loop.o"
     objects+=("$dir/$loop.o")
   done
   g++ "${flags[@]}" "${defines[@]}" tests/sanitize/kernels_stress.cc \
-    src/operator/batch_norm_kernels_cpu.cc src/operator/batch_norm_slices_cpu.cc "${objects[@]}" \
+    src/operator/kernels/cpu/batch_norm_kernels.cc src/operator/kernels/cpu/local_batch_norm.cc "${objects[@]}" \
     -o "$dir/kernels_stress"
   echo "== $1"
   "$dir/exchange_stress" "$seed"

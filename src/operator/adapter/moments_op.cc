@@ -1,0 +1,148 @@
+// _syncbn_moments: the statistics of one device's share, and the last step of the backward pass.
+//
+//   forward   data -> data handed through, statistics, coefficients (a way back, see below)
+//   backward  dy, the exchanged sums, A and mean -> gradient of data
+//
+// The data travel through so that the gradient of the first output is dy itself, handed through by
+// _syncbn_normalize; the coefficients are an output whose gradient brings what is local, past the
+// exchange.  docs/architecture.md has the picture.
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "adapter/huge_pages.h"
+#include "adapter/operator_device.h"
+#include "adapter/operator_property.h"
+#include "adapter/operator_util.h"
+
+namespace gluon_syncbn {
+namespace {
+
+enum Outputs { kOutput, kStatistics, kCoefficients };
+
+struct MomentsParam : public dmlc::Parameter<MomentsParam> {
+  int axis;
+  bool use_batch_stats;
+  DMLC_DECLARE_PARAMETER(MomentsParam) {
+    DMLC_DECLARE_FIELD(axis).set_default(1).describe("The channel axis; negative from the end.");
+    DMLC_DECLARE_FIELD(use_batch_stats)
+        .set_default(false)
+        .describe("Measure in inference, too; there nothing is exchanged.");
+  }
+};
+
+class MomentsOp : public mxnet::Operator {
+ public:
+  MomentsOp(const MomentsParam& param, const mxnet::Context& context) : param_(param) {
+    NeedDevice(context);
+  }
+
+  // The coefficients are not written: nobody reads them, only their gradient means something.
+  void Forward(const mxnet::OpContext& ctx, const std::vector<mxnet::TBlob>& in_data,
+               const std::vector<mxnet::OpReqType>& req, const std::vector<mxnet::TBlob>& out_data,
+               const std::vector<mxnet::TBlob>&) override {
+    const mxnet::TBlob& x = in_data[0];
+    MomentsForward k{};
+    k.type = ToDataType(x.type_flag_);
+    k.shape = ToFeatureShape(x.shape_, param_.axis);
+    k.x = x.dptr_;
+    k.copy = req[kOutput] == mxnet::kNullOp ? nullptr : out_data[kOutput].dptr_;
+    k.measure = ctx.is_train || param_.use_batch_stats;
+    k.statistics = out_data[kStatistics].dptr<double>();
+    PreferHugePages(out_data[kOutput]);
+    OnDevice(ctx, [&](const auto& device) { Run(device, k); });
+  }
+
+  void Backward(const mxnet::OpContext& ctx, const std::vector<mxnet::TBlob>& out_grad,
+                const std::vector<mxnet::TBlob>&, const std::vector<mxnet::TBlob>& out_data,
+                const std::vector<mxnet::OpReqType>& req, const std::vector<mxnet::TBlob>& in_grad,
+                const std::vector<mxnet::TBlob>&) override {
+    const mxnet::TBlob& x = out_data[kOutput];
+    MomentsBackward k{};
+    k.type = ToDataType(x.type_flag_);
+    k.shape = ToFeatureShape(x.shape_, param_.axis);
+    k.dy = out_grad[kOutput].dptr_;
+    k.x = x.dptr_;
+    k.statistics_grad = out_grad[kStatistics].dptr<double>();
+    k.coefficients_grad = out_grad[kCoefficients].dptr<double>();
+    k.dx_request = ToRequest(req[0]);
+    k.dx = in_grad[0].dptr_;
+    PreferHugePages(in_grad[0]);
+    OnDevice(ctx, [&](const auto& device) { Run(device, k); });
+  }
+
+ private:
+  const MomentsParam param_;
+};
+
+class MomentsProperty : public ParameterizedProperty<MomentsProperty, MomentsParam> {
+ public:
+  std::string TypeString() const override { return "_syncbn_moments"; }
+  mxnet::Operator* CreateOperator(mxnet::Context context) const override {
+    return new MomentsOp(param_, context);
+  }
+
+  std::vector<std::string> ListOutputs() const override {
+    return {"output", "statistics", "coefficients"};
+  }
+
+  bool InferShape(mxnet::ShapeVector* in, mxnet::ShapeVector* out,
+                  mxnet::ShapeVector* aux) const override {
+    out->resize(3);
+    aux->clear();
+    mxnet::TShape& data = in->at(0);
+    Unify(&data, &out->at(kOutput), "data");
+    if (!mxnet::ndim_is_known(data)) return false;
+    const auto channels = data[ChannelAxis(param_.axis, data.ndim())];
+    if (mxnet::dim_size_is_known(channels)) {
+      const auto c = static_cast<std::size_t>(channels);
+      out->at(kStatistics) = StatisticsShape(c);
+      out->at(kCoefficients) = VectorShape(CoefficientsSize(c));
+    }
+    return mxnet::shape_is_known(data);
+  }
+
+  bool InferType(std::vector<int>* in, std::vector<int>* out,
+                 std::vector<int>* aux) const override {
+    out->resize(3, -1);
+    aux->clear();
+    Unify(&in->at(0), &out->at(kOutput), "data");
+    out->at(kStatistics) = mshadow::kFloat64;
+    out->at(kCoefficients) = mshadow::kFloat64;
+    if (in->at(0) == -1) return false;
+    ToDataType(in->at(0));  // throws for integers
+    return true;
+  }
+
+  // Of the data, the backward pass reads the output: the input is then free to become it.
+  std::vector<int> DeclareBackwardDependency(const std::vector<int>& out_grad,
+                                             const std::vector<int>&,
+                                             const std::vector<int>& out_data) const override {
+    return {out_grad[kOutput], out_grad[kStatistics], out_grad[kCoefficients], out_data[kOutput]};
+  }
+
+  std::vector<std::pair<int, void*>> ForwardInplaceOption(
+      const std::vector<int>& in_data, const std::vector<void*>& out_data) const override {
+    if (!HandInPlace()) return {};
+    return {{in_data[0], out_data[kOutput]}};
+  }
+
+  // MXNet numbers the entries wrongly where there are several (see docs/architecture.md), but the
+  // first of the output gradients, and the only argument, come out right.
+  std::vector<std::pair<int, void*>> BackwardInplaceOption(
+      const std::vector<int>& out_grad, const std::vector<int>&, const std::vector<int>&,
+      const std::vector<void*>& in_grad) const override {
+    return {{out_grad[kOutput], in_grad[0]}};
+  }
+};
+
+DMLC_REGISTER_PARAMETER(MomentsParam);
+
+using mxnet::OperatorPropertyReg;
+MXNET_REGISTER_OP_PROPERTY(_syncbn_moments, MomentsProperty)
+    .describe("Part of gluon_syncbn's synchronized batch normalization: local moments.")
+    .add_argument("data", "NDArray-or-Symbol", "The input, of 2 or more dimensions.")
+    .add_arguments(MomentsParam::__FIELDS__());
+
+}  // namespace
+}  // namespace gluon_syncbn

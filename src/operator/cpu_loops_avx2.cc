@@ -1,3 +1,0 @@
-// The loops for AVX2, FMA and F16C.  CMakeLists.txt has the compiler options.
-#define GLUON_SYNCBN_LOOPS kAvx2Loops
-#include "cpu_loops.inc"

@@ -1,0 +1,407 @@
+// See key_barrier.h.
+#include "exchange/key_barrier.h"
+
+#include <algorithm>
+#include <new>
+#include <sstream>
+#include <system_error>
+
+namespace gluon_syncbn {
+namespace {
+
+// A deadline: not so short that watching over it keeps a core busy, and not more than a clock
+// counts.
+std::chrono::steady_clock::duration Seconds(double seconds) {
+  return std::chrono::duration_cast<std::chrono::steady_clock::duration>(
+      std::chrono::duration<double>(std::min(1e9, std::max(1e-3, seconds))));
+}
+
+// What would otherwise go into a round that it contradicts; empty when it fits.
+std::string Contradiction(const Arrival& first, int round_devices, const Arrival& arrival) {
+  std::ostringstream os;
+  if (arrival.kind != first.kind) {
+    os << first.name << " and " << arrival.name << " cannot meet: all devices of a key must be of "
+       << "one kind, " << first.kind << " or " << arrival.kind;
+  } else if (arrival.num_devices != round_devices) {
+    os << arrival.name << " says num_devices=" << arrival.num_devices << ", but " << first.name
+       << " says " << round_devices << "; give every device the same num_devices";
+  } else if (arrival.merge != first.merge) {
+    os << first.name << " and " << arrival.name << " bring different things under one key: a "
+       << "KeyBarrierSum and a SyncBatchNorm layer must have different ones";
+  } else if (arrival.values.size() != first.values.size()) {
+    os << arrival.name << " brings " << arrival.values.size() << " values, but " << first.name
+       << " brings " << first.values.size()
+       << "; every device must bring the same shape (for a SyncBatchNorm layer: the same number "
+          "of channels)";
+  }
+  return os.str();
+}
+
+}  // namespace
+
+KeyBarrier::KeyBarrier(double timeout_seconds) : timeout_(Seconds(timeout_seconds)) {}
+
+KeyBarrier::~KeyBarrier() {
+  Close("the process is ending");
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stop_ = true;
+  }
+  wake_.notify_all();
+  if (watch_.joinable()) watch_.join();
+}
+
+void KeyBarrier::RestartInChild(double timeout_seconds) {
+  const std::uint64_t next_turn = next_turn_, next_number = next_number_, failures = failures_;
+  // What was here is left, not destroyed: nobody knows in what state it is.
+  KeyBarrier* const anew = new (this) KeyBarrier(timeout_seconds);
+  anew->next_turn_ = next_turn;  // operators that were made before keep their numbers
+  anew->next_number_ = next_number;
+  anew->failures_ = failures;
+}
+
+void KeyBarrier::Arrive(Arrival arrival, Completion done) {
+  Ended ended;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    waiting_.push_back({Clock::now(), {std::move(arrival), std::move(done)}});
+    Advance(&ended);
+  }
+  Tell(std::move(ended));
+}
+
+std::uint64_t KeyBarrier::Reserve(const std::string& key, int call, std::uint64_t participant) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  turns_[{key, call, participant}].insert(next_turn_);
+  return next_turn_++;
+}
+
+void KeyBarrier::Release(const std::string& key, int call, std::uint64_t participant,
+                         std::uint64_t turn) {
+  Ended ended;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    DropTurn({key, call, participant}, turn);
+    Advance(&ended);
+  }
+  Tell(std::move(ended));
+}
+
+// The lock is held.
+void KeyBarrier::DropTurn(const Queue& queue, std::uint64_t turn) {
+  const auto turns = turns_.find(queue);
+  if (turns == turns_.end()) return;
+  turns->second.erase(turn);
+  if (turns->second.empty()) turns_.erase(turns);
+}
+
+bool KeyBarrier::HasTurn(const Arrival& arrival) const {
+  if (arrival.turn == 0) return true;
+  const auto queue = turns_.find({arrival.key, arrival.call, arrival.participant});
+  return queue == turns_.end() || *queue->second.begin() >= arrival.turn;
+}
+
+// Lets everybody join who has the turn, until nobody is left who has.  The lock is held.
+void KeyBarrier::Advance(Ended* ended) {
+  for (;;) {
+    const auto next = std::find_if(waiting_.begin(), waiting_.end(),
+                                   [this](const Waiting& w) { return HasTurn(w.present.arrival); });
+    if (next == waiting_.end()) break;
+    Present present = std::move(next->present);
+    waiting_.erase(next);
+    const Arrival& arrival = present.arrival;
+    DropTurn({arrival.key, arrival.call, arrival.participant}, arrival.turn);
+    Join(std::move(present), ended);
+  }
+  if (waiting_.empty() && open_.empty()) return;
+  try {
+    StartWatch();
+  } catch (const std::system_error& e) {
+    // Who waits would have no deadline.
+    std::ostringstream why;
+    why << "no thread could be started that watches over the deadline (" << e.what()
+        << "). Let this process have more threads (\"ulimit -u\", a container's limit of "
+           "processes), or use fewer.";
+    for (auto& failed :
+         TakeRounds([](const Arrival&, Clock::time_point) { return true; }, why.str())) {
+      ended->failed.push_back(std::move(failed));
+    }
+  }
+}
+
+// The lock is held.
+void KeyBarrier::Join(Present present, Ended* ended) {
+  Arrival& arrival = present.arrival;
+  const auto aborted = aborted_.find(arrival.pass);
+  if (!closed_.empty() || aborted != aborted_.end()) {
+    Round refused{0, arrival.num_devices, Clock::now(), {}};
+    CountFailure(arrival.key);
+    refused.present.push_back(std::move(present));
+    ended->failed.push_back({std::move(refused), closed_.empty() ? aborted->second : closed_});
+    return;
+  }
+  const Lane lane{arrival.key, arrival.call, arrival.lane};
+  const std::string& lane_key = std::get<0>(lane);
+  auto& rounds = open_[lane];
+  auto round = std::find_if(rounds.begin(), rounds.end(), [&](const Round& r) {
+    return std::none_of(r.present.begin(), r.present.end(), [&](const Present& p) {
+      return p.arrival.participant == arrival.participant;
+    });
+  });
+  if (round == rounds.end()) {
+    rounds.push_back({next_number_++, arrival.num_devices, Clock::now(), {}});
+    round = std::prev(rounds.end());
+  }
+  const std::string contradiction =
+      round->present.empty()
+          ? std::string()
+          : Contradiction(round->present.front().arrival, round->num_devices, arrival);
+  round->present.push_back(std::move(present));
+  if (!contradiction.empty()) {
+    std::string error = Describe(round->present.front().arrival) + contradiction + ".";
+    CountFailure(lane_key);
+    ended->failed.push_back({std::move(*round), std::move(error)});
+    rounds.erase(round);
+  } else if (static_cast<int>(round->present.size()) >= round->num_devices) {
+    ended->complete.push_back(std::move(*round));
+    rounds.erase(round);
+  }
+  if (rounds.empty()) open_.erase(lane);
+}
+
+void KeyBarrier::Tell(Ended ended) {
+  Fail(std::move(ended.failed));
+  for (auto& round : ended.complete) Complete(std::move(round));
+}
+
+void KeyBarrier::SortByParticipant(std::vector<Present>* present) {
+  std::sort(present->begin(), present->end(), [](const Present& a, const Present& b) {
+    return a.arrival.participant < b.arrival.participant;
+  });
+}
+
+void KeyBarrier::Complete(Round round) {
+  auto& present = round.present;
+  SortByParticipant(&present);
+  Arrival& first = present.front().arrival;
+  std::vector<double>& total = first.values;
+  for (std::size_t i = 1; i < present.size(); ++i) {
+    MergeInto(first.merge, present[i].arrival.values, &total);
+  }
+  const Outcome outcome{&total, round.id, static_cast<int>(present.size()), ""};
+  for (auto& p : present) p.done(outcome);
+}
+
+void KeyBarrier::Fail(std::vector<FailedRound> failed) {
+  for (auto& f : failed) {
+    for (auto& p : f.round.present) {
+      p.done(Outcome{nullptr, 0, 0, f.error, f.expired, f.shared_origin});
+    }
+  }
+}
+
+std::string KeyBarrier::Describe(const Arrival& first) {
+  std::ostringstream os;
+  os << "KeyBarrierSum: the " << (first.backward ? "backward" : "forward") << " exchange of key '"
+     << first.key << "' failed: ";
+  return os.str();
+}
+
+// Takes what the predicate(arrival, since) picks out of the books: open rounds, and arrivals that
+// wait for their turn.  The lock is held.
+template <typename Predicate>
+std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
+                                                            const std::string& why) {
+  std::vector<FailedRound> taken;
+  for (auto lane = open_.begin(); lane != open_.end();) {
+    auto& rounds = lane->second;
+    for (auto round = rounds.begin(); round != rounds.end();) {
+      if (predicate(round->present.front().arrival, round->opened)) {
+        SortByParticipant(&round->present);
+        std::ostringstream os;
+        os << Describe(round->present.front().arrival) << why << " Arrived:";
+        for (const auto& p : round->present) os << ' ' << p.arrival.name;
+        os << "; missing: " << round->num_devices - static_cast<int>(round->present.size())
+           << " of " << round->num_devices << ".";
+        CountFailure(round->present.front().arrival.key);
+        taken.push_back({std::move(*round), os.str()});
+        round = rounds.erase(round);
+      } else {
+        ++round;
+      }
+    }
+    lane = rounds.empty() ? open_.erase(lane) : std::next(lane);
+  }
+  for (auto waiting = waiting_.begin(); waiting != waiting_.end();) {
+    if (!predicate(waiting->present.arrival, waiting->since)) {
+      ++waiting;
+      continue;
+    }
+    const std::string error = Describe(waiting->present.arrival) + why +
+                              " An earlier call with this key on " + waiting->present.arrival.name +
+                              " has not run yet.";
+    const Arrival& arrival = waiting->present.arrival;
+    DropTurn({arrival.key, arrival.call, arrival.participant}, arrival.turn);
+    Round round{0, waiting->present.arrival.num_devices, waiting->since, {}};
+    round.present.push_back(std::move(waiting->present));
+    CountFailure(round.present.front().arrival.key);
+    taken.push_back({std::move(round), error});
+    waiting = waiting_.erase(waiting);
+  }
+  return taken;
+}
+
+std::uint64_t KeyBarrier::NewPass() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return next_number_++;
+}
+
+bool KeyBarrier::Announce(const std::vector<std::string>& keys, std::uint64_t participant,
+                          const Pass& pass) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  bool told = pass.id != 0;
+  for (const auto& key : keys) {
+    auto& announced = notes_[key].announced;
+    if (pass.id != 0) {
+      announced.insert(participant);
+    } else if (announced.erase(participant) != 0) {
+      told = true;
+    }
+  }
+  return told;
+}
+
+void KeyBarrier::SetPass(const std::string& key, std::uint64_t participant, const Pass& pass) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  notes_[key].passes[participant] = pass;
+}
+
+Pass KeyBarrier::PassOf(const std::string& key, std::uint64_t participant) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto notes = notes_.find(key);
+  if (notes == notes_.end()) return {};
+  const auto pass = notes->second.passes.find(participant);
+  return pass == notes->second.passes.end() ? Pass() : pass->second;
+}
+
+void KeyBarrier::Abort(const std::vector<std::uint64_t>& passes, const std::string& why) {
+  constexpr std::size_t kRemembered = 4096;  // a pass that ended so long ago sends nothing any more
+  std::vector<FailedRound> failed;
+  Ended ended;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto pass : passes) {
+      if (pass != 0) aborted_[pass] = why;
+    }
+    while (aborted_.size() > kRemembered) aborted_.erase(aborted_.begin());
+    failed = TakeRounds([&](const Arrival& arrival,
+                            Clock::time_point) { return aborted_.count(arrival.pass) != 0; },
+                        why);
+    Advance(&ended);  // who waited for the turn of what has just failed
+  }
+  Fail(std::move(failed));
+  Tell(std::move(ended));
+}
+
+void KeyBarrier::NoteOrigin(const std::string& key, std::uint64_t participant,
+                            std::uint64_t origin) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  notes_[key].origins[participant] = origin;
+}
+
+// The lock is held.
+bool KeyBarrier::SharesOrigin(const std::string& key) const {
+  const auto notes = notes_.find(key);
+  if (notes == notes_.end()) return false;
+  std::set<std::uint64_t> seen;
+  for (const auto& participant_and_origin : notes->second.origins) {
+    if (!seen.insert(participant_and_origin.second).second) return true;
+  }
+  return false;
+}
+
+// The lock is held.
+void KeyBarrier::CountFailure(const std::string& key) {
+  ++failures_;
+  ++notes_[key].failures;
+}
+
+void KeyBarrier::Close(const std::string& why) {
+  std::vector<FailedRound> failed;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (closed_.empty()) closed_ = why;
+    failed = TakeRounds([](const Arrival&, Clock::time_point) { return true; }, why + ".");
+  }
+  Fail(std::move(failed));
+}
+
+void KeyBarrier::SetTimeout(double seconds) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    timeout_ = Seconds(seconds);
+    next_look_ = Clock::now();  // rounds that wait already fall under the new deadline
+  }
+  wake_.notify_all();
+}
+
+double KeyBarrier::Timeout() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return std::chrono::duration<double>(timeout_).count();
+}
+
+std::uint64_t KeyBarrier::Failures(const std::string& key) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (key.empty()) return failures_;
+  const auto notes = notes_.find(key);
+  return notes == notes_.end() ? 0 : notes->second.failures;
+}
+
+// Deadlines come in the order in which rounds open, so a thread that already looks at some time
+// before now + timeout need not be woken: in the steady state an arrival costs no system call.
+void KeyBarrier::StartWatch() {
+  const Clock::time_point deadline = Clock::now() + timeout_;
+  if (!watch_.joinable()) {
+    next_look_ = deadline;
+    watch_ = std::thread(&KeyBarrier::Watch, this);
+  } else if (deadline < next_look_) {
+    next_look_ = deadline;
+    wake_.notify_all();
+  }
+}
+
+void KeyBarrier::Watch() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (!stop_) {
+    if (Clock::now() < next_look_) {
+      wake_.wait_until(lock, next_look_);
+      continue;
+    }
+    const Clock::time_point now = Clock::now();
+    std::ostringstream why;
+    why << "not every device came within " << std::chrono::duration<double>(timeout_).count()
+        << " s.";
+    std::vector<FailedRound> failed =
+        TakeRounds([&](const Arrival&, Clock::time_point since) { return now - since >= timeout_; },
+                   why.str());
+    for (auto& f : failed) {
+      f.expired = true;
+      f.shared_origin = SharesOrigin(f.round.present.front().arrival.key);
+    }
+    Ended ended;
+    Advance(&ended);  // who waited for the turn of what has just failed
+    next_look_ = now + timeout_;
+    for (const auto& lane : open_) {
+      for (const auto& round : lane.second) {
+        next_look_ = std::min(next_look_, round.opened + timeout_);
+      }
+    }
+    for (const auto& w : waiting_) next_look_ = std::min(next_look_, w.since + timeout_);
+    lock.unlock();
+    Fail(std::move(failed));
+    Tell(std::move(ended));
+    lock.lock();
+  }
+}
+
+}  // namespace gluon_syncbn

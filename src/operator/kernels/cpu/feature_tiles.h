@@ -1,0 +1,105 @@
+// How a feature map is cut into tiles, the pieces of work of the CPU kernels.
+//
+// The cut depends on the shape alone.  Sums are taken per tile and added up in the order of the
+// tiles, so they are the same to the last bit whatever the number of threads.
+//
+// The map is a matrix of rows (outer) and columns (channels) with `inner` contiguous elements in
+// each cell.  Where these would be too few for vector instructions, as with channels last, a
+// column is a single element: a channel then has `inner` columns beside each other, and rows of
+// few columns are joined into longer ones, in which a channel comes back again and again.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+
+#include "kernels/batch_norm_kernels.h"
+#include "kernels/cpu/loops.h"
+
+namespace gluon_syncbn {
+
+// Feature maps of more bytes than this are taken not to stay in a cache from pass to pass.
+constexpr std::size_t kBeyondCaches = 16 << 20;
+
+class FeatureTiles {
+ public:
+  explicit FeatureTiles(const FeatureShape& s) : channels_(s.channels) {
+    const std::size_t row = s.channels * s.inner;
+    if (s.outer * row == 0) return;
+    if (s.inner == 1 || (s.inner < kShortCell && s.outer >= kManyRows)) {
+      const bool apart = s.outer_stride() != row;
+      const std::size_t joined = apart ? 1 : std::min(s.outer, 1 + (kJoinedRow - 1) / row);
+      repeat_ = s.inner;
+      rows_ = s.outer / joined;
+      columns_ = joined * row;
+      cell_ = 1;
+      rest_ = s.outer % joined * row;
+      stride_ = joined * s.outer_stride();
+    } else {
+      rows_ = s.outer;
+      columns_ = s.channels;
+      cell_ = s.inner;
+      stride_ = s.outer_stride();
+    }
+    tile_cell_ = std::min(cell_, kTileElements);
+    tile_columns_ = std::min(columns_, std::max<std::size_t>(1, TileRun() / tile_cell_));
+    tile_rows_ = std::max<std::size_t>(1, kTileElements / (tile_columns_ * tile_cell_));
+  }
+
+  std::size_t count() const {
+    return rows_ == 0 ? 0 : (CeilDivide(rows_, tile_rows_) + (rest_ > 0)) * PerRow();
+  }
+  std::size_t channels() const { return channels_; }
+  std::size_t columns() const { return columns_; }
+  std::size_t tile_columns() const { return tile_columns_; }
+
+  FeatureTile operator[](std::size_t index) const {
+    const std::size_t cell_tiles = CeilDivide(cell_, tile_cell_);
+    const std::size_t in_cell = index % cell_tiles * tile_cell_;
+    const std::size_t column = index % PerRow() / cell_tiles * tile_columns_;
+    // Past the rows comes the rest, a row that ends early.
+    const std::size_t row = std::min(index / PerRow() * tile_rows_, rows_);
+    const std::size_t row_columns = row < rows_ ? columns_ : std::max(rest_, column);
+    FeatureTile tile;
+    tile.stride = stride_;
+    tile.offset = row * tile.stride + column * cell_ + in_cell;
+    tile.rows = std::min(tile_rows_, std::max<std::size_t>(1, rows_ - row));
+    tile.first_column = column;
+    tile.columns = std::min(tile_columns_, row_columns - column);
+    tile.inner = std::min(tile_cell_, cell_ - in_cell);
+    return tile;
+  }
+
+  // Calls visit(column, channel) for columns first ... first + count - 1.
+  template <typename Visit>
+  void ForEachColumn(std::size_t first, std::size_t count, const Visit& visit) const {
+    std::size_t channel = first / repeat_ % channels_;
+    std::size_t left = repeat_ - first % repeat_;
+    for (std::size_t column = first; column < first + count; ++column) {
+      visit(column, channel);
+      if (--left > 0) continue;
+      left = repeat_;
+      if (++channel == channels_) channel = 0;
+    }
+  }
+
+ private:
+  static constexpr std::size_t kShortCell = 16;
+  static constexpr std::size_t kManyRows = 8;  // below, a table per column does not pay
+  static constexpr std::size_t kJoinedRow = 64;
+  static constexpr std::size_t kTileElements = 65536;
+  static std::size_t CeilDivide(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
+
+  // Contiguous elements in a tile.  Many rows per tile make few sums per column to add up.
+  std::size_t TileRun() const { return cell_ == 1 ? 1024 : 8192; }
+  std::size_t PerRow() const {
+    return CeilDivide(columns_, tile_columns_) * CeilDivide(cell_, tile_cell_);
+  }
+
+  std::size_t channels_;
+  std::size_t repeat_ = 1;  // columns of a channel beside each other
+  std::size_t rows_ = 0, columns_ = 0, cell_ = 0, stride_ = 0;
+  std::size_t rest_ = 0;  // columns in a last row that is not full
+  std::size_t tile_rows_ = 0, tile_columns_ = 0, tile_cell_ = 0;
+};
+
+}  // namespace gluon_syncbn

@@ -1,0 +1,65 @@
+// See kernels/cuda/functions.h.
+#include <exception>
+#include <string>
+
+#include "kernels/cuda/functions.h"
+#include "kernels/cuda/pinned_copy.cuh"
+
+namespace {
+
+template <typename Function>
+const char* Guarded(Function function) {
+  static thread_local std::string last_error;
+  try {
+    function();
+    return nullptr;
+  } catch (const std::exception& e) {
+    last_error = e.what();
+    return last_error.c_str();
+  }
+}
+
+}  // namespace
+
+using gluon_syncbn::Run;
+using gluon_syncbn::RunAlone;
+
+GLUON_SYNCBN_CUDA(MomentsForward, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::MomentsForward* kernel) {
+  return Guarded([=] { Run(*gpu, *kernel); });
+}
+
+GLUON_SYNCBN_CUDA(NormalizeForward, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::NormalizeForward* kernel) {
+  return Guarded([=] { Run(*gpu, *kernel); });
+}
+
+GLUON_SYNCBN_CUDA(NormalizeBackward, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::NormalizeBackward* kernel) {
+  return Guarded([=] { Run(*gpu, *kernel); });
+}
+
+GLUON_SYNCBN_CUDA(MomentsBackward, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::MomentsBackward* kernel) {
+  return Guarded([=] { Run(*gpu, *kernel); });
+}
+
+GLUON_SYNCBN_CUDA(ForwardAlone, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::NormalizeForward* kernel, double* statistics) {
+  return Guarded([=] { RunAlone(*gpu, *kernel, statistics); });
+}
+
+GLUON_SYNCBN_CUDA(BackwardAlone, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::NormalizeBackward* kernel) {
+  return Guarded([=] { RunAlone(*gpu, *kernel); });
+}
+
+GLUON_SYNCBN_CUDA(ReadValues, int device, gluon_syncbn::DataType type, const void* from,
+                  std::size_t count, GluonSyncBNValuesRead done, void* data) {
+  return Guarded([=] { gluon_syncbn::ReadDeviceValues(device, type, from, count, done, data); });
+}
+
+GLUON_SYNCBN_CUDA(WriteValues, const gluon_syncbn::Gpu* gpu, gluon_syncbn::DataType type,
+                  gluon_syncbn::Request request, const double* from, std::size_t count, void* to) {
+  return Guarded([=] { gluon_syncbn::WriteDeviceValues(*gpu, type, request, from, count, to); });
+}

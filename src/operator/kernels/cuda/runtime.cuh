@@ -1,0 +1,180 @@
+// What all CUDA code here needs of the CUDA runtime: launches, errors, scratch memory, and element
+// types in accesses of 16 bytes.
+#pragma once
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "kernels/batch_norm_kernels.h"
+
+namespace gluon_syncbn {
+
+inline void Check(cudaError_t status) {
+  if (status == cudaSuccess) return;
+  std::string message = std::string("gluon_syncbn on the GPU: ") + cudaGetErrorString(status);
+  if (status == cudaErrorInsufficientDriver) {
+    message += ". Build gluon_syncbn with a CUDA toolkit that is no newer than the driver.";
+  } else if (status == cudaErrorNoKernelImageForDevice) {
+    message += ". Build gluon_syncbn for this GPU: CUDAARCHS=70, say, for compute capability 7.0.";
+  }
+  throw std::runtime_error(message);
+}
+
+// The device on which this thread works, until the scope is left: the thread may be a user's.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device) {
+    Check(cudaGetDevice(&before_));
+    Check(cudaSetDevice(device));
+  }
+  ~CurrentDevice() { cudaSetDevice(before_); }
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+inline cudaStream_t ToStream(const Gpu& gpu) { return static_cast<cudaStream_t>(gpu.stream); }
+
+// A launch by a function, not by <<<>>>, so that this is plain C++ (see tests/cuda_emulation).
+template <typename... Parameters, typename... Arguments>
+void Launch(const Gpu& gpu, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+            const Arguments&... arguments) {
+#ifdef __CUDACC__
+  const void* const function = reinterpret_cast<const void*>(kernel);
+#else
+  const auto function = kernel;  // the emulation must know its parameters
+#endif
+  const auto launch = [&](Parameters... parameters) {
+    void* pointers[] = {static_cast<void*>(&parameters)...};
+    Check(cudaLaunchKernel(function, grid, block, pointers, 0, ToStream(gpu)));
+  };
+  launch(arguments...);
+}
+
+// Device memory that a stream keeps from call to call, one piece per Use: kernels of one stream run
+// one after the other, so they can share it.  It is allocated when it has to grow, never in the
+// steady state, and never freed.
+enum class Use { kPartialSums, kTable, kSums, kCoefficients };
+void* ScratchBytes(const Gpu& gpu, Use use, std::size_t bytes);
+template <typename Element>
+Element* Scratch(const Gpu& gpu, Use use, std::size_t size) {
+  return static_cast<Element*>(ScratchBytes(gpu, use, size * sizeof(Element)));
+}
+
+constexpr int kThreads = 256;  // of every block
+
+// How many blocks of a kernel the device runs at a time.
+int BlocksAtATime(const Gpu& gpu, const void* kernel);
+template <typename... Parameters>
+int BlocksAtATime(const Gpu& gpu, void (*kernel)(Parameters...)) {
+  return BlocksAtATime(gpu, reinterpret_cast<const void*>(kernel));
+}
+
+inline int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__device__ inline int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
+__device__ inline int64_t Greatest(int64_t a, int64_t b) { return a < b ? b : a; }
+
+// A feature map: elements [outer][channels][inner].
+struct Extent {
+  int64_t outer, channels, inner;
+  __host__ __device__ int64_t size() const { return outer * channels * inner; }
+};
+
+// What arithmetic is done in.
+template <typename T>
+struct WideOf {
+  using Type = float;
+};
+template <>
+struct WideOf<double> {
+  using Type = double;
+};
+template <typename T>
+using Wide = typename WideOf<T>::Type;
+
+__device__ inline float ToWide(__half value) { return __half2float(value); }
+__device__ inline float ToWide(float value) { return value; }
+__device__ inline double ToWide(double value) { return value; }
+__device__ inline void FromWide(float value, __half* to) { *to = __float2half_rn(value); }
+__device__ inline void FromWide(float value, float* to) { *to = value; }
+__device__ inline void FromWide(double value, double* to) { *to = value; }
+
+// An element of a row of 32-bit words, by shifts alone.  (As an array of halves, a Pack that is
+// loaded in a branch would be merged half by half behind it, and every load waited for.)
+__device__ inline void Get(const std::uint32_t* words, int k, __half* to) {
+  *to = __ushort_as_half(static_cast<unsigned short>(words[k / 2] >> (k % 2 * 16)));
+}
+__device__ inline void Get(const std::uint32_t* words, int k, float* to) {
+  *to = __uint_as_float(words[k]);
+}
+__device__ inline void Get(const std::uint32_t* words, int k, double* to) {
+  *to = __hiloint2double(static_cast<int>(words[2 * k + 1]), static_cast<int>(words[2 * k]));
+}
+// The word must hold 0 where the element goes.
+__device__ inline void Put(__half value, std::uint32_t* words, int k) {
+  words[k / 2] |= std::uint32_t(__half_as_ushort(value)) << (k % 2 * 16);
+}
+__device__ inline void Put(float value, std::uint32_t* words, int k) {
+  words[k] = __float_as_uint(value);
+}
+__device__ inline void Put(double value, std::uint32_t* words, int k) {
+  words[2 * k] = static_cast<std::uint32_t>(__double2loint(value));
+  words[2 * k + 1] = static_cast<std::uint32_t>(__double2hiint(value));
+}
+
+// V elements that are read and written at once: whole words, or one element.
+template <typename T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  static_assert(sizeof(T) * V % 4 == 0);
+  std::uint32_t words[sizeof(T) * V / 4];
+  __device__ Wide<T> operator[](int k) const { return ToWide(At(k)); }
+  // Each element once, in a pack that was {}.
+  __device__ void Set(int k, T value) { Put(value, words, k); }
+  __device__ T At(int k) const {
+    T element;
+    Get(words, k, &element);
+    return element;
+  }
+};
+template <typename T>
+struct Pack<T, 1> {
+  T element;
+  __device__ Wide<T> operator[](int) const { return ToWide(element); }
+  __device__ void Set(int, T value) { element = value; }
+  __device__ T At(int) const { return element; }
+};
+
+// The elements from `at` on, a multiple of V, of an array that has them all.
+template <typename T, int V>
+__device__ Pack<T, V> LoadWhole(const T* from, int64_t at) {
+  return *reinterpret_cast<const Pack<T, V>*>(from + at);
+}
+
+// The same for an array of `size`; those behind its end are 0.
+template <typename T, int V>
+__device__ Pack<T, V> Load(const T* from, int64_t at, int64_t size) {
+  if (at + V <= size) return LoadWhole<T, V>(from, at);
+  Pack<T, V> pack = {};
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    if (at + k < size) pack.Set(k, from[at + k]);
+  }
+  return pack;
+}
+
+// How many elements fit an access of 16 bytes.
+template <typename T>
+constexpr int kPerAccess = 16 / static_cast<int>(sizeof(T));
+
+inline bool Aligned(const void* pointer) {
+  return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0;
+}
+
+}  // namespace gluon_syncbn
