@@ -5,8 +5,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels/cuda/functions.h"
 #include "adapter/cuda_library.h"
+#include "kernels/cuda/functions.h"
 
 #ifdef CUDA_SIDE
 

@@ -144,18 +144,18 @@ def kernels(request, library, device):
 @pytest.mark.parametrize("shape, axis", LAYOUTS)
 def test_a_step(kernels, dtype, shape, axis):
     checks.check_step(kernels, dtype, shape, axis)
-    checks.check_step(kernels, dtype, shape, axis, alone=True, in_place=True)
+    checks.check_step(kernels, dtype, shape, axis, local=True, in_place=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape, axis", [((8, 3, 9, 9), 1), ((300, 6), 1), ((7, 600), 1)])
 def test_moving_statistics_requests_and_handing_through(kernels, dtype, shape, axis):
-    for alone in (False, True):
-        checks.check_moving_statistics(kernels, dtype, shape, axis, alone)
-        checks.check_requests(kernels, dtype, shape, axis, alone)
-        checks.check_cumulative_average(kernels, dtype, shape, axis, alone)
-        checks.check_step(kernels, dtype, shape, axis, alone=alone, fix_gamma=True)
-    checks.check_no_measuring(kernels, dtype, shape, axis)
+    for local in (False, True):
+        checks.check_moving_statistics(kernels, dtype, shape, axis, local)
+        checks.check_write_modes(kernels, dtype, shape, axis, local)
+        checks.check_cumulative_average(kernels, dtype, shape, axis, local)
+        checks.check_step(kernels, dtype, shape, axis, local=local, fix_gamma=True)
+    checks.check_without_statistics(kernels, dtype, shape, axis)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -198,7 +198,7 @@ def test_on_a_device_that_is_not_the_current_one(library):
 
     kernels = FromTheFirst(library, second)
     checks.check_two_devices(kernels, "float32", (4, 3, 7, 7), 1)
-    checks.check_step(kernels, "float16", (4, 7, 7, 8), -1, alone=True)
+    checks.check_step(kernels, "float16", (4, 7, 7, 8), -1, local=True)
     assert library.cudaSetDevice(0) == 0
 
 
@@ -215,8 +215,8 @@ def test_on_a_device_that_is_not_the_current_one(library):
 def test_far_from_zero(kernels, shape, axis):
     """10,000 standard deviations away float32 holds the data themselves to 1e-3."""
     checks.check_step(kernels, "float32", shape, axis, offset=1e4)
-    for alone in (False, True):
-        checks.check_float64_far_from_zero(kernels, shape, axis, alone)
+    for local in (False, True):
+        checks.check_float64_far_from_zero(kernels, shape, axis, local)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -258,10 +258,10 @@ def test_arrays_that_do_not_begin_on_16_bytes(kernels):
 def test_nothing_is_allocated_in_the_steady_state(library, kernels):
     for _ in range(2):
         checks.check_two_devices(kernels, "float32", (4, 8, 8, 8), 1)
-        checks.check_step(kernels, "float32", (4, 8, 8, 8), 1, alone=True)
+        checks.check_step(kernels, "float32", (4, 8, 8, 8), 1, local=True)
         before = library.EmulatedAllocations()
         checks.check_two_devices(kernels, "float32", (4, 8, 8, 8), 1)
-        checks.check_step(kernels, "float32", (4, 8, 8, 8), 1, alone=True)
+        checks.check_step(kernels, "float32", (4, 8, 8, 8), 1, local=True)
     assert library.EmulatedAllocations() == before
 
 
@@ -302,7 +302,7 @@ def test_planes_of_more_elements_than_an_int_counts(library):
         for thread in range(threads):
             at = (ctypes.c_int64 * chunk)()
             arguments = [ctypes.c_int64(n) for n in (outer, channels, inner, chunk, part)]
-            count = library.EmulatedWalk(*arguments, thread, ctypes.c_int64(1), chunk, at)
+            count = library.EmulatedPlaneCursor(*arguments, thread, ctypes.c_int64(1), chunk, at)
             places.update(at[:count])
         wanted = range(part * chunk, min((part + 1) * chunk, outer * inner))
         assert places == {i // inner * channels * inner + inner + i % inner for i in wanted}
@@ -310,9 +310,9 @@ def test_planes_of_more_elements_than_an_int_counts(library):
 
 def test_errors_are_told(kernels):
     layer = checks.Layer(kernels, "float32", (2, 3), 1)
-    kernel = checks.MomentsBackward(1, layer.shape)
+    params = checks.MomentsBackwardParams(1, layer.shape)
     with pytest.raises(RuntimeError, match="on the GPU: invalid device ordinal"):
-        kernels.run(kernel, device=7)
+        kernels.run(params, device=7)
 
 
 def test_a_failure_on_the_device_reaches_who_waits_for_its_numbers(library, kernels):

@@ -11,8 +11,8 @@
 
 #include "adapter/cuda_library.h"
 #include "adapter/fork_handlers.h"
-#include "exchange/key_barrier.h"
 #include "adapter/passes.h"
+#include "exchange/key_barrier.h"
 #include "exchange/process_barrier.h"
 
 #define GLUON_SYNCBN_API extern "C" __attribute__((visibility("default")))
@@ -89,7 +89,7 @@ GLUON_SYNCBN_API int GluonSyncBNRegisterOperators() {
 
 // Fails where there is no CUDA side, and says what to do.
 GLUON_SYNCBN_API int GluonSyncBNNeedCuda() {
-  return Guarded([] { gluon_syncbn::NeedCudaLibrary(); });
+  return Guarded([] { gluon_syncbn::RequireCudaLibrary(); });
 }
 
 // The functions below take a barrier, or null for the process's own.
@@ -122,7 +122,7 @@ GLUON_SYNCBN_API int GluonSyncBNBarrierArrive(Barrier barrier, const char* key,
   return Guarded([=] {
     gluon_syncbn::Arrival arrival;
     arrival.key = key;
-    arrival.lane = round != 0 ? round : pass;
+    arrival.phase = round != 0 ? round : pass;
     arrival.backward = round != 0;
     arrival.pass = pass;
     arrival.participant = participant;
@@ -131,9 +131,9 @@ GLUON_SYNCBN_API int GluonSyncBNBarrierArrive(Barrier barrier, const char* key,
     arrival.num_devices = num_devices;
     arrival.merge = static_cast<gluon_syncbn::Merge>(merge);
     arrival.values.assign(values, values + count);
-    Get(barrier).Arrive(std::move(arrival), [done, data](const gluon_syncbn::Outcome& outcome) {
-      done(data, outcome.total == nullptr ? nullptr : outcome.total->data(), outcome.round,
-           outcome.num_devices, outcome.error.c_str());
+    Get(barrier).Arrive(std::move(arrival), [done, data](const gluon_syncbn::Result& result) {
+      done(data, result.total == nullptr ? nullptr : result.total->data(), result.round,
+           result.num_devices, result.error.c_str());
     });
   });
 }

@@ -22,8 +22,8 @@ namespace {
 
 using gluon_syncbn::Arrival;
 using gluon_syncbn::KeyBarrier;
-using gluon_syncbn::Outcome;
 using gluon_syncbn::Pass;
+using gluon_syncbn::Result;
 
 constexpr int kParticipants = 5;
 constexpr int kKeys = 7;
@@ -44,7 +44,7 @@ std::string Key(int key) { return "key" + std::to_string(key); }
 Arrival NewArrival(int key, std::uint64_t pass, int participant, double value) {
   Arrival arrival;
   arrival.key = Key(key);
-  arrival.lane = arrival.pass = pass;
+  arrival.phase = arrival.pass = pass;
   arrival.participant = static_cast<std::uint64_t>(participant);
   arrival.name = "device " + std::to_string(participant);
   arrival.num_devices = kParticipants;
@@ -72,16 +72,15 @@ void AllCome(unsigned seed, int rounds) {
         for (int k = 0; k < kKeys; ++k) keys[k] = k;
         std::shuffle(keys.begin(), keys.end(), random);
         for (const int key : keys) {
-          barrier.NoteOrigin(Key(key), static_cast<std::uint64_t>(p), 1);
+          barrier.SetSender(Key(key), static_cast<std::uint64_t>(p), 1);
           Answer& answer = forward[at(round, key, p)];
           barrier.Arrive(NewArrival(key, passes[round], p, p + 1000.0 * round),
-                         [&, round](const Outcome& outcome) {
+                         [&, round](const Result& result) {
                            const double wanted = sum + kParticipants * 1000.0 * round;
-                           answer.right = outcome.total != nullptr &&
-                                          (*outcome.total)[0] == wanted &&
-                                          (*outcome.total)[1] == -wanted &&
-                                          (*outcome.total)[2] == kParticipants;
-                           answer.round = outcome.round;
+                           answer.right = result.total != nullptr && (*result.total)[0] == wanted &&
+                                          (*result.total)[1] == -wanted &&
+                                          (*result.total)[2] == kParticipants;
+                           answer.round = result.round;
                            ++answer.times;
                          });
         }
@@ -89,11 +88,11 @@ void AllCome(unsigned seed, int rounds) {
           Answer& answer = forward[at(round, key, p)];
           while (answer.times.load() == 0) std::this_thread::yield();
           Arrival arrival = NewArrival(key, passes[round], p, p);
-          arrival.lane = answer.round;
+          arrival.phase = answer.round;
           arrival.backward = true;
           Answer& back = backward[at(round, key, p)];
-          barrier.Arrive(std::move(arrival), [&back, sum](const Outcome& outcome) {
-            back.right = outcome.total != nullptr && (*outcome.total)[0] == sum;
+          barrier.Arrive(std::move(arrival), [&back, sum](const Result& result) {
+            back.right = result.total != nullptr && (*result.total)[0] == sum;
             ++back.times;
           });
         }
@@ -130,13 +129,13 @@ void SomeFail(unsigned seed, int rounds) {
           barrier->SetPass(Key(key), who, {passes[round], kParticipants});
           if (barrier->PassOf(Key(key), who).id != passes[round]) Fail("a pass is wrong");
           Arrival arrival = NewArrival(key, passes[round], p, 1.0);
-          if (random() % 8 == 0) arrival.turn = barrier->Reserve(arrival.key, 0, who);
+          if (random() % 8 == 0) arrival.ticket = barrier->TakeTicket(arrival.key, 0, who);
           if (random() % 50 == 0) {
-            barrier->Release(arrival.key, 0, who, barrier->Reserve(arrival.key, 0, who));
+            barrier->ReturnTicket(arrival.key, 0, who, barrier->TakeTicket(arrival.key, 0, who));
           }
-          barrier->Arrive(std::move(arrival), [&answers, i](const Outcome& outcome) {
-            answers[i].right = outcome.total == nullptr ? !outcome.error.empty()
-                                                        : (*outcome.total)[0] == kParticipants;
+          barrier->Arrive(std::move(arrival), [&answers, i](const Result& result) {
+            answers[i].right = result.total == nullptr ? !result.error.empty()
+                                                       : (*result.total)[0] == kParticipants;
             ++answers[i].times;
           });
         }

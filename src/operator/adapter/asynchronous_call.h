@@ -40,7 +40,7 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
 
   // On a GPU, before a thread of CUDA's may end the call: the engine starts a device's worker when
   // its first operation is queued, and waits until that has set up CUDA.
-  void NeedWorker() {
+  void StartWorker() {
     const std::lock_guard<std::mutex> lock(All().starting);
     if (All().started.count(context_.dev_id) != 0) return;
     const auto nothing = [](void*, void* done, void*) {
@@ -55,20 +55,20 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
   // One of these two, once, from any thread.  The call is not complete before Leave.
   void Succeed(std::vector<double> result) {
     result_ = std::move(result);
-    if (state_.exchange(kReady) == kLeft && !Deliver()) Complete(nullptr);
+    if (state_.exchange(kReady) == kReturned && !Deliver()) Complete(nullptr);
   }
   void Fail(const std::string& error) {
     error_ = error;
-    if (state_.exchange(kReady) == kLeft && !Deliver()) Complete(nullptr);
+    if (state_.exchange(kReady) == kReturned && !Deliver()) Complete(nullptr);
   }
 
   // From the call's thread, at its end.  Where the result is about to come it stays a moment: a
   // worker that goes to sleep and is woken again takes longer than most rounds.  Nobody depends on
   // its staying, so nothing can deadlock.  Throws where the engine takes no operation any more; the
   // engine then completes the call, with this error.
-  void Leave(bool linger) {
-    if (linger) StayUntil([this] { return state_.load() != kInside; });
-    if (state_.exchange(kLeft) == kReady && !Deliver()) throw dmlc::Error(error_);
+  void Return(bool spin) {
+    if (spin) StayUntil([this] { return state_.load() != kRunning; });
+    if (state_.exchange(kReturned) == kReady && !Deliver()) throw dmlc::Error(error_);
   }
 
   // After a fork; see fork_handlers.cc.
@@ -92,7 +92,7 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
     return shared;
   }
 
-  enum State { kInside, kLeft, kReady };
+  enum State { kRunning, kReturned, kReady };
 
   // What the engine owns while a completion is queued.
   struct Queued {
@@ -194,7 +194,7 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
   const mxnet::TBlob to_;
   std::vector<double> result_;
   std::string error_;
-  std::atomic<State> state_{kInside};
+  std::atomic<State> state_{kRunning};
 };
 
 }  // namespace gluon_syncbn

@@ -60,20 +60,20 @@ int NumDevices(const KeyBarrierSumParam& param) {
 }
 
 // What the program is told of a round that failed: the cause, where it is known, comes first.
-std::string Explain(const Outcome& outcome, const std::string& kind) {
-  if (!outcome.expired) return outcome.error;
+std::string Explain(const Result& result, const std::string& kind) {
+  if (!result.expired) return result.error;
   const std::string checks =
       "that every device runs this layer equally often in every step and that num_devices is the "
       "number of devices that do. A longer deadline: GLUON_SYNCBN_TIMEOUT or "
       "gluon_syncbn.set_timeout.";
-  if (!outcome.shared_origin || kind != "cpu") return outcome.error + " Check " + checks;
+  if (!result.shared_sender || kind != "cpu") return result.error + " Check " + checks;
   return "One thread ran several CPU devices that wait for each other, which can last for ever: "
          "MXNet's CPU contexts share temporary space within a thread. Call the network through "
          "ModelDataParallel and take gradients with parallel_backward, which have a thread for "
          "each "
          "device (or start with MXNET_CPU_TEMP_COPY=1000 in the environment, which costs "
          "memory). " +
-         outcome.error + " If that is not the cause, check " + checks;
+         result.error + " If that is not the cause, check " + checks;
 }
 
 // NaiveEngine runs everything in the thread that pushes it, and aborts the process when an operator
@@ -93,19 +93,19 @@ class KeyBarrierSumOp : public mxnet::Operator {
         kind_(Kind(context)),
         name_(ContextName(context)),
         only_counted_(only_counted) {
-    NeedDevice(context);
+    RequireDevice(context);
     const std::hash<std::thread::id> number;
-    barrier_->NoteOrigin(param_.key, participant_, number(std::this_thread::get_id()));
-    // Made where the program calls it, run when its input is ready: the turn keeps the order of
-    // the program.  An executor is bound long before it runs, if ever, so it takes no turn, and a
+    barrier_->SetSender(param_.key, participant_, number(std::this_thread::get_id()));
+    // Made where the program calls it, run when its input is ready: the ticket keeps the order of
+    // the program.  An executor is bound long before it runs, if ever, so it takes no ticket, and a
     // layer's calls are kept in order by the engine, see SyncBNSumProperty.
     const CallScope& call = CurrentCall();
     if (only_counted_ || !call.active) return;
     pass_ = call.pass;
-    turn_ = barrier_->Reserve(param_.key, param_.call, participant_);
+    ticket_ = barrier_->TakeTicket(param_.key, param_.call, participant_);
   }
   ~KeyBarrierSumOp() override {
-    if (turn_ != 0) barrier_->Release(param_.key, param_.call, participant_, turn_);
+    if (ticket_ != 0) barrier_->ReturnTicket(param_.key, param_.call, participant_, ticket_);
   }
 
   void Forward(const mxnet::OpContext& ctx, const std::vector<mxnet::TBlob>& in_data,
@@ -131,7 +131,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
     if (forward) BeginForward();
     const int num_devices = round_devices_;
     const auto call = std::make_shared<AsynchronousCall>(ctx, req, to);
-    if (gpu) call->NeedWorker();
+    if (gpu) call->StartWorker();
     ReadValues(ctx.run_ctx.ctx, from, [=](std::vector<double> values, const std::string& error) {
       if (!error.empty()) return call->Fail(error);
       // In inference nobody waits, also where a layer measures its batch (use_batch_stats).
@@ -144,14 +144,14 @@ class KeyBarrierSumOp : public mxnet::Operator {
       }
     });
     static const int cores = static_cast<int>(std::thread::hardware_concurrency());
-    call->Leave(!gpu && num_devices <= cores);  // with more, the others need this core
+    call->Return(!gpu && num_devices <= cores);  // with more, the others need this core
     // `this` may be gone now.
   }
 
   void BeginForward() {
     round_devices_ = NumDevices(param_);
     if (!only_counted_) {
-      if (turn_ == 0) pass_ = 0;  // made in an earlier pass: a graph with static_shape
+      if (ticket_ == 0) pass_ = 0;  // made in an earlier pass: a graph with static_shape
       return;
     }
     const Pass pass = barrier_->PassOf(param_.key, participant_);
@@ -160,7 +160,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
   }
 
   bool IsExchanged(const std::vector<double>& values, int num_devices) const {
-    if (only_counted_ && !IsMeasured(values.back())) return false;
+    if (only_counted_ && !HasStatistics(values.back())) return false;
     if (!NaiveEngine()) return true;
     if (num_devices == 1) return false;
     Raise("NaiveEngine runs one operator at a time, so ", num_devices, " devices can never meet; ",
@@ -183,28 +183,28 @@ class KeyBarrierSumOp : public mxnet::Operator {
   void ArriveForward(std::vector<double> values, const std::shared_ptr<AsynchronousCall>& call) {
     Arrival arrival = NewArrival(std::move(values));
     // A bare KeyBarrierSum may have been made in a pass on one device and before it on another.
-    arrival.lane = only_counted_ ? pass_ : 0;
-    arrival.turn = turn_;
-    turn_ = 0;
+    arrival.phase = only_counted_ ? pass_ : 0;
+    arrival.ticket = ticket_;
+    ticket_ = 0;
     if (only_counted_) arrival.merge = Merge::kMoments;
-    barrier_->Arrive(std::move(arrival), [this, call](const Outcome& outcome) {
-      round_ = outcome.round;
-      round_devices_ = outcome.num_devices;
-      Finish(call, outcome);
+    barrier_->Arrive(std::move(arrival), [this, call](const Result& result) {
+      round_ = result.round;
+      round_devices_ = result.num_devices;
+      Finish(call, result);
     });
   }
 
   void ArriveBackward(std::vector<double> values, const std::shared_ptr<AsynchronousCall>& call) {
     Arrival arrival = NewArrival(std::move(values));
-    arrival.lane = round_;
+    arrival.phase = round_;
     arrival.backward = true;
     barrier_->Arrive(std::move(arrival),
-                     [this, call](const Outcome& outcome) { Finish(call, outcome); });
+                     [this, call](const Result& result) { Finish(call, result); });
   }
 
-  void Finish(const std::shared_ptr<AsynchronousCall>& call, const Outcome& outcome) const {
-    if (outcome.total == nullptr) return call->Fail(Explain(outcome, kind_));
-    call->Succeed(*outcome.total);
+  void Finish(const std::shared_ptr<AsynchronousCall>& call, const Result& result) const {
+    if (result.total == nullptr) return call->Fail(Explain(result, kind_));
+    call->Succeed(*result.total);
   }
 
   const std::shared_ptr<KeyBarrier> barrier_ = ProcessBarrier();
@@ -216,7 +216,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
   // What the last forward was, for its backward: with the devices that took part, and no others.
   // The engine never runs two calls of one operator state at a time.
   bool exchanged_ = true;
-  std::uint64_t turn_ = 0;  // until the first forward has used it
+  std::uint64_t ticket_ = 0;  // until the first forward has used it
   std::uint64_t pass_ = 0;
   std::uint64_t round_ = 0;
   int round_devices_ = 0;

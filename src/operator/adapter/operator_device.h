@@ -3,8 +3,8 @@
 
 #include <mxnet/operator.h>
 
-#include "kernels/batch_norm_kernels.h"
 #include "adapter/cuda_library.h"
+#include "kernels/batch_norm_kernels.h"
 
 namespace gluon_syncbn {
 
@@ -13,8 +13,8 @@ inline bool OnGpu(const mxnet::Context& context) {
 }
 
 // Throws, when the operator is created, where this build or this machine has no GPU side.
-inline void NeedDevice(const mxnet::Context& context) {
-  if (OnGpu(context)) NeedCudaLibrary();
+inline void RequireDevice(const mxnet::Context& context) {
+  if (OnGpu(context)) RequireCudaLibrary();
 }
 
 // The stream on which MXNet runs a call.  (mshadow::Stream<gpu> is empty in a build without CUDA,

@@ -45,9 +45,9 @@ inline int ParameterType(int data_type_flag) {
   return ToDataType(data_type_flag) == DataType::kFloat64 ? mshadow::kFloat64 : mshadow::kFloat32;
 }
 
-inline Request ToRequest(mxnet::OpReqType request) {
-  if (request == mxnet::kNullOp) return Request::kNull;
-  return request == mxnet::kAddTo ? Request::kAdd : Request::kWrite;
+inline WriteMode ToWriteMode(mxnet::OpReqType request) {
+  if (request == mxnet::kNullOp) return WriteMode::kSkip;
+  return request == mxnet::kAddTo ? WriteMode::kAdd : WriteMode::kWrite;
 }
 
 // The channel axis as an index from 0; throws when it is out of range.
@@ -114,7 +114,7 @@ inline int VisibleGpus() {
 // convolutions leave their output in a layout of MKL-DNN's own.  An operator from outside gets it
 // copied into the plain layout; one that works in place gets its output copied, too, and back
 // again, which costs more than the copy that being in place saves.
-inline bool HandInPlace() {
+inline bool AliasInput() {
   static const bool in_place =
       VisibleGpus() > 0 || dmlc::GetEnv("MXNET_MKLDNN_ENABLED", true) == false;
   return in_place;

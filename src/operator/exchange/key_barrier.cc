@@ -52,10 +52,10 @@ KeyBarrier::~KeyBarrier() {
 }
 
 void KeyBarrier::RestartInChild(double timeout_seconds) {
-  const std::uint64_t next_turn = next_turn_, next_number = next_number_, failures = failures_;
+  const std::uint64_t next_ticket = next_ticket_, next_number = next_number_, failures = failures_;
   // What was here is left, not destroyed: nobody knows in what state it is.
   KeyBarrier* const anew = new (this) KeyBarrier(timeout_seconds);
-  anew->next_turn_ = next_turn;  // operators that were made before keep their numbers
+  anew->next_ticket_ = next_ticket;  // operators that were made before keep their numbers
   anew->next_number_ = next_number;
   anew->failures_ = failures;
 }
@@ -67,50 +67,50 @@ void KeyBarrier::Arrive(Arrival arrival, Completion done) {
     waiting_.push_back({Clock::now(), {std::move(arrival), std::move(done)}});
     Advance(&ended);
   }
-  Tell(std::move(ended));
+  Notify(std::move(ended));
 }
 
-std::uint64_t KeyBarrier::Reserve(const std::string& key, int call, std::uint64_t participant) {
+std::uint64_t KeyBarrier::TakeTicket(const std::string& key, int call, std::uint64_t participant) {
   std::lock_guard<std::mutex> lock(mutex_);
-  turns_[{key, call, participant}].insert(next_turn_);
-  return next_turn_++;
+  tickets_[{key, call, participant}].insert(next_ticket_);
+  return next_ticket_++;
 }
 
-void KeyBarrier::Release(const std::string& key, int call, std::uint64_t participant,
-                         std::uint64_t turn) {
+void KeyBarrier::ReturnTicket(const std::string& key, int call, std::uint64_t participant,
+                              std::uint64_t ticket) {
   Ended ended;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    DropTurn({key, call, participant}, turn);
+    DropTicket({key, call, participant}, ticket);
     Advance(&ended);
   }
-  Tell(std::move(ended));
+  Notify(std::move(ended));
 }
 
 // The lock is held.
-void KeyBarrier::DropTurn(const Queue& queue, std::uint64_t turn) {
-  const auto turns = turns_.find(queue);
-  if (turns == turns_.end()) return;
-  turns->second.erase(turn);
-  if (turns->second.empty()) turns_.erase(turns);
+void KeyBarrier::DropTicket(const Queue& queue, std::uint64_t ticket) {
+  const auto tickets = tickets_.find(queue);
+  if (tickets == tickets_.end()) return;
+  tickets->second.erase(ticket);
+  if (tickets->second.empty()) tickets_.erase(tickets);
 }
 
-bool KeyBarrier::HasTurn(const Arrival& arrival) const {
-  if (arrival.turn == 0) return true;
-  const auto queue = turns_.find({arrival.key, arrival.call, arrival.participant});
-  return queue == turns_.end() || *queue->second.begin() >= arrival.turn;
+bool KeyBarrier::IsNext(const Arrival& arrival) const {
+  if (arrival.ticket == 0) return true;
+  const auto queue = tickets_.find({arrival.key, arrival.call, arrival.participant});
+  return queue == tickets_.end() || *queue->second.begin() >= arrival.ticket;
 }
 
-// Lets everybody join who has the turn, until nobody is left who has.  The lock is held.
+// Lets everybody join who has the ticket, until nobody is left who has.  The lock is held.
 void KeyBarrier::Advance(Ended* ended) {
   for (;;) {
     const auto next = std::find_if(waiting_.begin(), waiting_.end(),
-                                   [this](const Waiting& w) { return HasTurn(w.present.arrival); });
+                                   [this](const Waiting& w) { return IsNext(w.present.arrival); });
     if (next == waiting_.end()) break;
     Present present = std::move(next->present);
     waiting_.erase(next);
     const Arrival& arrival = present.arrival;
-    DropTurn({arrival.key, arrival.call, arrival.participant}, arrival.turn);
+    DropTicket({arrival.key, arrival.call, arrival.participant}, arrival.ticket);
     Join(std::move(present), ended);
   }
   if (waiting_.empty() && open_.empty()) return;
@@ -140,9 +140,9 @@ void KeyBarrier::Join(Present present, Ended* ended) {
     ended->failed.push_back({std::move(refused), closed_.empty() ? aborted->second : closed_});
     return;
   }
-  const Lane lane{arrival.key, arrival.call, arrival.lane};
-  const std::string& lane_key = std::get<0>(lane);
-  auto& rounds = open_[lane];
+  const Phase phase{arrival.key, arrival.call, arrival.phase};
+  const std::string& phase_key = std::get<0>(phase);
+  auto& rounds = open_[phase];
   auto round = std::find_if(rounds.begin(), rounds.end(), [&](const Round& r) {
     return std::none_of(r.present.begin(), r.present.end(), [&](const Present& p) {
       return p.arrival.participant == arrival.participant;
@@ -159,17 +159,17 @@ void KeyBarrier::Join(Present present, Ended* ended) {
   round->present.push_back(std::move(present));
   if (!contradiction.empty()) {
     std::string error = Describe(round->present.front().arrival) + contradiction + ".";
-    CountFailure(lane_key);
+    CountFailure(phase_key);
     ended->failed.push_back({std::move(*round), std::move(error)});
     rounds.erase(round);
   } else if (static_cast<int>(round->present.size()) >= round->num_devices) {
     ended->complete.push_back(std::move(*round));
     rounds.erase(round);
   }
-  if (rounds.empty()) open_.erase(lane);
+  if (rounds.empty()) open_.erase(phase);
 }
 
-void KeyBarrier::Tell(Ended ended) {
+void KeyBarrier::Notify(Ended ended) {
   Fail(std::move(ended.failed));
   for (auto& round : ended.complete) Complete(std::move(round));
 }
@@ -188,14 +188,14 @@ void KeyBarrier::Complete(Round round) {
   for (std::size_t i = 1; i < present.size(); ++i) {
     MergeInto(first.merge, present[i].arrival.values, &total);
   }
-  const Outcome outcome{&total, round.id, static_cast<int>(present.size()), ""};
-  for (auto& p : present) p.done(outcome);
+  const Result result{&total, round.id, static_cast<int>(present.size()), ""};
+  for (auto& p : present) p.done(result);
 }
 
 void KeyBarrier::Fail(std::vector<FailedRound> failed) {
   for (auto& f : failed) {
     for (auto& p : f.round.present) {
-      p.done(Outcome{nullptr, 0, 0, f.error, f.expired, f.shared_origin});
+      p.done(Result{nullptr, 0, 0, f.error, f.expired, f.shared_sender});
     }
   }
 }
@@ -208,13 +208,13 @@ std::string KeyBarrier::Describe(const Arrival& first) {
 }
 
 // Takes what the predicate(arrival, since) picks out of the books: open rounds, and arrivals that
-// wait for their turn.  The lock is held.
+// wait for their ticket.  The lock is held.
 template <typename Predicate>
 std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
                                                             const std::string& why) {
   std::vector<FailedRound> taken;
-  for (auto lane = open_.begin(); lane != open_.end();) {
-    auto& rounds = lane->second;
+  for (auto phase = open_.begin(); phase != open_.end();) {
+    auto& rounds = phase->second;
     for (auto round = rounds.begin(); round != rounds.end();) {
       if (predicate(round->present.front().arrival, round->opened)) {
         SortByParticipant(&round->present);
@@ -230,7 +230,7 @@ std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
         ++round;
       }
     }
-    lane = rounds.empty() ? open_.erase(lane) : std::next(lane);
+    phase = rounds.empty() ? open_.erase(phase) : std::next(phase);
   }
   for (auto waiting = waiting_.begin(); waiting != waiting_.end();) {
     if (!predicate(waiting->present.arrival, waiting->since)) {
@@ -241,7 +241,7 @@ std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
                               " An earlier call with this key on " + waiting->present.arrival.name +
                               " has not run yet.";
     const Arrival& arrival = waiting->present.arrival;
-    DropTurn({arrival.key, arrival.call, arrival.participant}, arrival.turn);
+    DropTicket({arrival.key, arrival.call, arrival.participant}, arrival.ticket);
     Round round{0, waiting->present.arrival.num_devices, waiting->since, {}};
     round.present.push_back(std::move(waiting->present));
     CountFailure(round.present.front().arrival.key);
@@ -297,25 +297,25 @@ void KeyBarrier::Abort(const std::vector<std::uint64_t>& passes, const std::stri
     failed = TakeRounds([&](const Arrival& arrival,
                             Clock::time_point) { return aborted_.count(arrival.pass) != 0; },
                         why);
-    Advance(&ended);  // who waited for the turn of what has just failed
+    Advance(&ended);  // who waited for the ticket of what has just failed
   }
   Fail(std::move(failed));
-  Tell(std::move(ended));
+  Notify(std::move(ended));
 }
 
-void KeyBarrier::NoteOrigin(const std::string& key, std::uint64_t participant,
-                            std::uint64_t origin) {
+void KeyBarrier::SetSender(const std::string& key, std::uint64_t participant,
+                           std::uint64_t sender) {
   std::lock_guard<std::mutex> lock(mutex_);
-  notes_[key].origins[participant] = origin;
+  notes_[key].senders[participant] = sender;
 }
 
 // The lock is held.
-bool KeyBarrier::SharesOrigin(const std::string& key) const {
+bool KeyBarrier::SharesSender(const std::string& key) const {
   const auto notes = notes_.find(key);
   if (notes == notes_.end()) return false;
   std::set<std::uint64_t> seen;
-  for (const auto& participant_and_origin : notes->second.origins) {
-    if (!seen.insert(participant_and_origin.second).second) return true;
+  for (const auto& participant_and_sender : notes->second.senders) {
+    if (!seen.insert(participant_and_sender.second).second) return true;
   }
   return false;
 }
@@ -386,20 +386,20 @@ void KeyBarrier::Watch() {
                    why.str());
     for (auto& f : failed) {
       f.expired = true;
-      f.shared_origin = SharesOrigin(f.round.present.front().arrival.key);
+      f.shared_sender = SharesSender(f.round.present.front().arrival.key);
     }
     Ended ended;
-    Advance(&ended);  // who waited for the turn of what has just failed
+    Advance(&ended);  // who waited for the ticket of what has just failed
     next_look_ = now + timeout_;
-    for (const auto& lane : open_) {
-      for (const auto& round : lane.second) {
+    for (const auto& phase : open_) {
+      for (const auto& round : phase.second) {
         next_look_ = std::min(next_look_, round.opened + timeout_);
       }
     }
     for (const auto& w : waiting_) next_look_ = std::min(next_look_, w.since + timeout_);
     lock.unlock();
     Fail(std::move(failed));
-    Tell(std::move(ended));
+    Notify(std::move(ended));
     lock.lock();
   }
 }

@@ -30,10 +30,10 @@ struct Arrival {
   std::string key;
   // A key that is used in several places tells them apart by this number.
   int call = 0;
-  // Arrivals meet within a lane of their key and call.  A forward exchange uses the number of its
+  // Arrivals meet within a phase of their key and call.  A forward exchange uses the number of its
   // pass, or 0 outside of one; the backward exchange of a round uses the round's own number, so
   // that it meets its own round's participants in whatever order the devices run backward.
-  std::uint64_t lane = 0;
+  std::uint64_t phase = 0;
   bool backward = false;
   std::uint64_t pass = 0;  // what Abort names; 0 outside of a pass
   std::uint64_t participant = 0;
@@ -41,21 +41,21 @@ struct Arrival {
   std::string name;
   int num_devices = 1;
   std::vector<double> values;
-  // From Reserve: the arrival waits for those of its participant that were reserved before it.
+  // From TakeTicket: the arrival waits for those of its participant that were reserved before it.
   // 0: it may go at once.
-  std::uint64_t turn = 0;
+  std::uint64_t ticket = 0;
   Merge merge = Merge::kSum;  // of its values with the others'
 };
 
 // What every participant of a round gets.
-struct Outcome {
+struct Result {
   const std::vector<double>* total = nullptr;  // null when the round failed; valid during the call
   std::uint64_t round = 0;                     // never 0 for a round that succeeded
   int num_devices = 0;                         // how many took part
   std::string error;                           // says what failed
   bool expired = false;                        // it failed because not all came in time
-  // Then also: one origin stands behind several participants of the key (see NoteOrigin).
-  bool shared_origin = false;
+  // Then also: one sender stands behind several participants of the key (see SetSender).
+  bool shared_sender = false;
 };
 
 // A pass is one run of a program, forward and backward, on several participants, which meet each
@@ -67,7 +67,7 @@ struct Pass {
 
 // Called exactly once per arrival, from the thread of the last arrival, from the thread of
 // whoever ended the round, or from the barrier's own thread; never under its lock.
-using Completion = std::function<void(const Outcome&)>;
+using Completion = std::function<void(const Result&)>;
 
 class KeyBarrier {
  public:
@@ -77,17 +77,18 @@ class KeyBarrier {
   KeyBarrier(const KeyBarrier&) = delete;
   KeyBarrier& operator=(const KeyBarrier&) = delete;
 
-  // Joins the oldest open round of its lane in which this participant is not yet present,
+  // Joins the oldest open round of its phase in which this participant is not yet present,
   // or opens one.  Values are merged in the order of the participants' numbers, not of arrival: the
   // result is the same, bit for bit, on every run.
   // An arrival whose length or number of devices contradicts its round fails the round.
   void Arrive(Arrival arrival, Completion done);
 
-  // Takes a turn for a later arrival.  Whoever takes turns in the order of its program meets the
-  // others in that order, though its arrivals may become ready in another one.
-  std::uint64_t Reserve(const std::string& key, int call, std::uint64_t participant);
-  // Gives a turn back that no arrival will use.
-  void Release(const std::string& key, int call, std::uint64_t participant, std::uint64_t turn);
+  // Takes a ticket for a later arrival.  Whoever takes tickets in the order of its program meets
+  // the others in that order, though its arrivals may become ready in another one.
+  std::uint64_t TakeTicket(const std::string& key, int call, std::uint64_t participant);
+  // Gives a ticket back that no arrival will use.
+  void ReturnTicket(const std::string& key, int call, std::uint64_t participant,
+                    std::uint64_t ticket);
 
   // A number that no other pass or round has.
   std::uint64_t NewPass();
@@ -101,8 +102,8 @@ class KeyBarrier {
   void Abort(const std::vector<std::uint64_t>& passes, const std::string& why);
 
   // Who sends a participant's arrivals, as a number without further meaning: participants that
-  // share an origin may be unable to come at the same time, which Outcome tells when they did not.
-  void NoteOrigin(const std::string& key, std::uint64_t participant, std::uint64_t origin);
+  // share an sender may be unable to come at the same time, which Result tells when they did not.
+  void SetSender(const std::string& key, std::uint64_t participant, std::uint64_t sender);
 
   // Fails every open round and every later arrival: the process is going away.
   void Close(const std::string& why);
@@ -140,16 +141,16 @@ class KeyBarrier {
     Round round;
     std::string error;
     bool expired = false;
-    bool shared_origin = false;
+    bool shared_sender = false;
   };
   // What is known of a key beyond its rounds.
   struct KeyNotes {
     std::map<std::uint64_t, Pass> passes;            // by participant
     std::set<std::uint64_t> announced;               // participants last announced in a pass
-    std::map<std::uint64_t, std::uint64_t> origins;  // by participant
+    std::map<std::uint64_t, std::uint64_t> senders;  // by participant
     std::uint64_t failures = 0;
   };
-  using Lane = std::tuple<std::string, int, std::uint64_t>;   // key, call, lane
+  using Phase = std::tuple<std::string, int, std::uint64_t>;  // key, call, phase
   using Queue = std::tuple<std::string, int, std::uint64_t>;  // key, call, participant
   // What ends while the lock is held, and is told to the participants after that.
   struct Ended {
@@ -157,16 +158,16 @@ class KeyBarrier {
     std::vector<FailedRound> failed;
   };
 
-  bool HasTurn(const Arrival& arrival) const;
-  void DropTurn(const Queue& queue, std::uint64_t turn);
+  bool IsNext(const Arrival& arrival) const;
+  void DropTicket(const Queue& queue, std::uint64_t ticket);
   void Advance(Ended* ended);
   void Join(Present present, Ended* ended);
-  static void Tell(Ended ended);
+  static void Notify(Ended ended);
   static void SortByParticipant(std::vector<Present>* present);
   static void Complete(Round round);
   static void Fail(std::vector<FailedRound> failed);
   void CountFailure(const std::string& key);
-  bool SharesOrigin(const std::string& key) const;
+  bool SharesSender(const std::string& key) const;
   static std::string Describe(const Arrival& first);
   template <typename Predicate>
   std::vector<FailedRound> TakeRounds(Predicate predicate, const std::string& why);
@@ -174,10 +175,10 @@ class KeyBarrier {
   void Watch();
 
   mutable std::mutex mutex_;
-  std::map<Lane, std::vector<Round>> open_;         // the rounds of a lane, oldest first
-  std::map<Queue, std::set<std::uint64_t>> turns_;  // reserved and not yet used
-  std::vector<Waiting> waiting_;                    // for their turn
-  std::uint64_t next_turn_ = 1;
+  std::map<Phase, std::vector<Round>> open_;          // the rounds of a phase, oldest first
+  std::map<Queue, std::set<std::uint64_t>> tickets_;  // reserved and not yet used
+  std::vector<Waiting> waiting_;                      // for their ticket
+  std::uint64_t next_ticket_ = 1;
   std::map<std::string, KeyNotes> notes_;
   std::map<std::uint64_t, std::string> aborted_;  // pass -> why; the latest ones
   std::string closed_;                            // why; empty while open

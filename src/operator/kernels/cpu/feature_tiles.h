@@ -46,14 +46,14 @@ class FeatureTiles {
   }
 
   std::size_t count() const {
-    return rows_ == 0 ? 0 : (CeilDivide(rows_, tile_rows_) + (rest_ > 0)) * PerRow();
+    return rows_ == 0 ? 0 : (CeilDiv(rows_, tile_rows_) + (rest_ > 0)) * PerRow();
   }
   std::size_t channels() const { return channels_; }
   std::size_t columns() const { return columns_; }
   std::size_t tile_columns() const { return tile_columns_; }
 
   FeatureTile operator[](std::size_t index) const {
-    const std::size_t cell_tiles = CeilDivide(cell_, tile_cell_);
+    const std::size_t cell_tiles = CeilDiv(cell_, tile_cell_);
     const std::size_t in_cell = index % cell_tiles * tile_cell_;
     const std::size_t column = index % PerRow() / cell_tiles * tile_columns_;
     // Past the rows comes the rest, a row that ends early.
@@ -87,12 +87,12 @@ class FeatureTiles {
   static constexpr std::size_t kManyRows = 8;  // below, a table per column does not pay
   static constexpr std::size_t kJoinedRow = 64;
   static constexpr std::size_t kTileElements = 65536;
-  static std::size_t CeilDivide(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
+  static std::size_t CeilDiv(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 
   // Contiguous elements in a tile.  Many rows per tile make few sums per column to add up.
   std::size_t TileRun() const { return cell_ == 1 ? 1024 : 8192; }
   std::size_t PerRow() const {
-    return CeilDivide(columns_, tile_columns_) * CeilDivide(cell_, tile_cell_);
+    return CeilDiv(columns_, tile_columns_) * CeilDiv(cell_, tile_cell_);
   }
 
   std::size_t channels_;

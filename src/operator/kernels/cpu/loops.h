@@ -1,12 +1,14 @@
 // The inner loops of the CPU kernels: what happens to one tile of a feature map.
 //
-// They are compiled once per instruction set (kernels/cpu/loops_*.cc, all from kernels/cpu/loops.inc), and one set
-// of them is chosen when the library is loaded, so that one binary runs at the speed of memory on
-// every x86-64.  Nothing here may have code of its own with external linkage; see kernels/cpu/loops.inc.
+// They are compiled once per instruction set (kernels/cpu/loops_*.cc, all from
+// kernels/cpu/loops.inc), and one set of them is chosen when the library is loaded, so that one
+// binary runs at the speed of memory on every x86-64.  Nothing here may have code of its own with
+// external linkage; see kernels/cpu/loops.inc.
 #pragma once
 
 #include <cstddef>
 
+#include "kernels/acc_type.h"
 #include "kernels/cpu/float16.h"
 
 namespace gluon_syncbn {
@@ -22,24 +24,12 @@ struct FeatureTile {
   std::size_t inner;
 };
 
-// What arithmetic on T is done in, and what its parameters are stored in.
-template <typename T>
-struct WideType {
-  using type = float;
-};
-template <>
-struct WideType<double> {
-  using type = double;
-};
-template <typename T>
-using Wide = typename WideType<T>::type;
-
 // Per channel: (x - mean) * scale + shift.
-template <typename W>
+template <typename Acc>
 struct Affine {
-  const W* mean;
-  const W* scale;
-  const W* shift;
+  const Acc* mean;
+  const Acc* scale;
+  const Acc* shift;
 };
 
 template <typename T>
@@ -49,14 +39,14 @@ struct CpuLoops {
   void (*moments)(const FeatureTile& tile, const T* x, double* sums, double* squares);
   // Per column of the tile, in float64: sum(dy) and sum(dy * (x - about)); `about` has a number for
   // every column of the map.
-  void (*products)(const FeatureTile& tile, const Wide<T>* about, const T* dy, const T* x,
+  void (*products)(const FeatureTile& tile, const AccType<T>* about, const T* dy, const T* x,
                    double* sums, double* products);
   // y = (x - mean) * scale + shift, or y += ...; y may be x.
-  void (*affine)(const FeatureTile& tile, const Affine<Wide<T>>& affine, const T* x, T* y,
+  void (*affine)(const FeatureTile& tile, const Affine<AccType<T>>& affine, const T* x, T* y,
                  bool add);
   // dx = factor * dy + (x - mean) * scale + shift, or dx += ...; dx may be dy.
-  void (*combine)(const FeatureTile& tile, const Affine<Wide<T>>& affine, const Wide<T>* factor,
-                  const T* dy, const T* x, T* dx, bool add);
+  void (*combine)(const FeatureTile& tile, const Affine<AccType<T>>& affine,
+                  const AccType<T>* factor, const T* dy, const T* x, T* dx, bool add);
 };
 
 struct CpuLoopSet {

@@ -16,12 +16,12 @@ namespace gluon_syncbn {
 // As many threads as OpenMP offers to the calling thread (MXNet sets that for its workers, and
 // OMP_NUM_THREADS limits it), shared with the kernels that run at the same time: with a context
 // per device, each device's worker calls from a thread of its own and would get them all.
-class ThreadShare {
+class ThreadBudget {
  public:
-  ThreadShare() : threads_(std::max(1, omp_get_max_threads() / ++kernels_running_)) {}
-  ~ThreadShare() { --kernels_running_; }
-  ThreadShare(const ThreadShare&) = delete;
-  ThreadShare& operator=(const ThreadShare&) = delete;
+  ThreadBudget() : threads_(std::max(1, omp_get_max_threads() / ++kernels_running_)) {}
+  ~ThreadBudget() { --kernels_running_; }
+  ThreadBudget(const ThreadBudget&) = delete;
+  ThreadBudget& operator=(const ThreadBudget&) = delete;
   int threads() const { return threads_; }
 
  private:
@@ -58,9 +58,9 @@ void ParallelFor(std::size_t count, const Body& body) {
     for (std::size_t i = 0; i < count; ++i) body(i);
     return;
   }
-  const ThreadShare share;
+  const ThreadBudget budget;
   // Dynamic: a core that something else keeps busy takes fewer pieces, and nobody waits for it.
-#pragma omp parallel for schedule(dynamic) num_threads(share.threads())
+#pragma omp parallel for schedule(dynamic) num_threads(budget.threads())
   for (std::size_t i = 0; i < count; ++i) body(i);
 }
 #endif
