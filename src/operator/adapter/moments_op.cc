@@ -1,11 +1,12 @@
-// _syncbn_moments: the statistics of one device's share, and the last step of the backward pass.
+// _syncbn_moments: step 1 of forward, and step 2 of backward.
 //
-//   forward   data -> data handed through, statistics, coefficients (a way back, see below)
-//   backward  dy, the exchanged sums, A and mean -> gradient of data
+//   forward   data -> data, statistics of this device's shard, backward_context (not written)
+//   backward  dy, the backward sums of all devices, gamma * invstd and the mean -> gradient of data
 //
-// The data travel through so that the gradient of the first output is dy itself, handed through by
-// _syncbn_normalize; the coefficients are an output whose gradient brings what is local, past the
-// exchange.  docs/architecture.md has the picture.
+// _syncbn_normalize computes its gradients first, and passes on to this operator what it needs, as
+// the gradients of its outputs.  Data are passed through in order to receive dy; backward_context
+// is an output for the sake of its gradient alone, which brings the numbers that are not exchanged.
+// docs/architecture.md has the picture.
 #include <string>
 #include <utility>
 #include <vector>
@@ -27,7 +28,7 @@ struct MomentsParam : public dmlc::Parameter<MomentsParam> {
     DMLC_DECLARE_FIELD(axis).set_default(1).describe("The channel axis; negative from the end.");
     DMLC_DECLARE_FIELD(use_batch_stats)
         .set_default(false)
-        .describe("Measure in inference, too; there nothing is exchanged.");
+        .describe("Compute statistics in inference as well, where nothing is exchanged.");
   }
 };
 
@@ -37,7 +38,7 @@ class MomentsOp : public mxnet::Operator {
     RequireDevice(context);
   }
 
-  // The coefficients are not written: nobody reads them, only their gradient means something.
+  // backward_context is not written, because nothing reads it.
   void Forward(const mxnet::OpContext& ctx, const std::vector<mxnet::TBlob>& in_data,
                const std::vector<mxnet::OpReqType>& req, const std::vector<mxnet::TBlob>& out_data,
                const std::vector<mxnet::TBlob>&) override {
@@ -114,7 +115,7 @@ class MomentsProperty : public ParameterizedProperty<MomentsProperty, MomentsPar
     return true;
   }
 
-  // Of the data, the backward pass reads the output: the input is then free to become it.
+  // Backward reads the output instead of the data, so that both can share memory.
   std::vector<int> DeclareBackwardDependency(const std::vector<int>& out_grad,
                                              const std::vector<int>&,
                                              const std::vector<int>& out_data) const override {
@@ -128,8 +129,8 @@ class MomentsProperty : public ParameterizedProperty<MomentsProperty, MomentsPar
     return {{in_data[0], out_data[kOutput]}};
   }
 
-  // MXNet numbers the entries wrongly where there are several (see docs/architecture.md), but the
-  // first of the output gradients, and the only argument, come out right.
+  // MXNet numbers the entries wrongly if there are several (see batch_norm_property.h), but the
+  // first output gradient and the only argument get the right numbers.
   std::vector<std::pair<int, void*>> BackwardInplaceOption(
       const std::vector<int>& out_grad, const std::vector<int>&, const std::vector<int>&,
       const std::vector<void*>& in_grad) const override {

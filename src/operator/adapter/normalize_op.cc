@@ -27,18 +27,18 @@ struct NormalizeParam : public dmlc::Parameter<NormalizeParam> {
     DMLC_DECLARE_FIELD(axis).set_default(1).describe("The channel axis; negative from the end.");
     DMLC_DECLARE_FIELD(eps).set_default(1e-5).describe("Added to the variance.");
     DMLC_DECLARE_FIELD(momentum).set_default(0.9).describe(
-        "How much the moving statistics keep of what they were.");
+        "The weight of the old moving statistics in the new ones.");
     DMLC_DECLARE_FIELD(cumulative_average)
         .set_default(false)
         .describe(
-            "Let the moving statistics be the average over all batches so far, which a third "
-            "auxiliary state counts, whatever the momentum.");
+            "Ignore the momentum: the moving statistics are the average over all batches so far, "
+            "which a third auxiliary state counts.");
     DMLC_DECLARE_FIELD(fix_gamma).set_default(false).describe("Treat gamma as 1.");
     DMLC_DECLARE_FIELD(use_batch_stats)
         .set_default(false)
         .describe(
-            "Normalize by the batch's own statistics in inference, too, and leave the moving "
-            "statistics as they are.");
+            "Normalize by the batch's own statistics in inference as well, and do not update the "
+            "moving statistics.");
   }
 };
 
@@ -125,9 +125,10 @@ DMLC_REGISTER_PARAMETER(NormalizeParam);
 using mxnet::OperatorPropertyReg;
 MXNET_REGISTER_OP_PROPERTY(_syncbn_normalize, NormalizeProperty)
     .describe("Part of gluon_syncbn's synchronized batch normalization: normalization.")
-    .add_argument("data", "NDArray-or-Symbol", "What _syncbn_moments hands through.")
-    .add_argument("statistics", "NDArray-or-Symbol", "The statistics, summed over all devices.")
-    .add_argument("backward_context", "NDArray-or-Symbol", "The way back around the exchange.")
+    .add_argument("data", "NDArray-or-Symbol", "The first output of _syncbn_moments.")
+    .add_argument("statistics", "NDArray-or-Symbol", "The statistics of all devices.")
+    .add_argument("backward_context", "NDArray-or-Symbol",
+                  "Takes numbers back to _syncbn_moments in backward.")
     .add_argument("gamma", "NDArray-or-Symbol", "The scale, per channel.")
     .add_argument("beta", "NDArray-or-Symbol", "The shift, per channel.")
     .add_argument("moving_mean", "NDArray-or-Symbol", "The moving mean.")

@@ -9,16 +9,21 @@
 namespace gluon_syncbn {
 namespace {
 
-// A deadline: not so short that watching over it keeps a core busy, and not more than a clock
-// counts.
+// A timeout, limited to what keeps the watching thread from spinning and fits the clock.
 std::chrono::steady_clock::duration Seconds(double seconds) {
   return std::chrono::duration_cast<std::chrono::steady_clock::duration>(
       std::chrono::duration<double>(std::min(1e9, std::max(1e-3, seconds))));
 }
 
-// What would otherwise go into a round that it contradicts; empty when it fits.
-std::string Contradiction(const Arrival& first, int round_devices, const Arrival& arrival) {
+struct Contradiction {
+  Failure failure = Failure::kNone;
+  std::string message;
+};
+
+// In what `arrival` contradicts the first arrival of its round, if in anything.
+Contradiction FindContradiction(const Arrival& first, int round_devices, const Arrival& arrival) {
   std::ostringstream os;
+  Failure failure = Failure::kOther;
   if (arrival.kind != first.kind) {
     os << first.name << " and " << arrival.name << " cannot meet: all devices of a key must be of "
        << "one kind, " << first.kind << " or " << arrival.kind;
@@ -26,15 +31,17 @@ std::string Contradiction(const Arrival& first, int round_devices, const Arrival
     os << arrival.name << " says num_devices=" << arrival.num_devices << ", but " << first.name
        << " says " << round_devices << "; give every device the same num_devices";
   } else if (arrival.merge != first.merge) {
-    os << first.name << " and " << arrival.name << " bring different things under one key: a "
-       << "KeyBarrierSum and a SyncBatchNorm layer must have different ones";
+    failure = Failure::kDifferentMerge;
+    os << first.name << " and " << arrival.name
+       << " bring different things under one key, a vector to sum and statistics to merge";
   } else if (arrival.values.size() != first.values.size()) {
+    failure = Failure::kDifferentLength;
     os << arrival.name << " brings " << arrival.values.size() << " values, but " << first.name
-       << " brings " << first.values.size()
-       << "; every device must bring the same shape (for a SyncBatchNorm layer: the same number "
-          "of channels)";
+       << " brings " << first.values.size() << "; every device must bring the same shape";
+  } else {
+    return {};
   }
-  return os.str();
+  return {failure, os.str() + "."};
 }
 
 }  // namespace
@@ -52,12 +59,12 @@ KeyBarrier::~KeyBarrier() {
 }
 
 void KeyBarrier::RestartInChild(double timeout_seconds) {
-  const std::uint64_t next_ticket = next_ticket_, next_number = next_number_, failures = failures_;
-  // What was here is left, not destroyed: nobody knows in what state it is.
-  KeyBarrier* const anew = new (this) KeyBarrier(timeout_seconds);
-  anew->next_ticket_ = next_ticket;  // operators that were made before keep their numbers
-  anew->next_number_ = next_number;
-  anew->failures_ = failures;
+  const std::uint64_t next_ticket = next_ticket_, next_id = next_id_, failures = failures_;
+  // The old object is not destroyed, because its state is unknown.
+  KeyBarrier* const restarted = new (this) KeyBarrier(timeout_seconds);
+  restarted->next_ticket_ = next_ticket;  // tickets and passes from before the fork remain unique
+  restarted->next_id_ = next_id;
+  restarted->failures_ = failures;
 }
 
 void KeyBarrier::Arrive(Arrival arrival, Completion done) {
@@ -101,7 +108,7 @@ bool KeyBarrier::IsNext(const Arrival& arrival) const {
   return queue == tickets_.end() || *queue->second.begin() >= arrival.ticket;
 }
 
-// Lets everybody join who has the ticket, until nobody is left who has.  The lock is held.
+// Lets waiting arrivals join, as long as there is one that is next.  The lock is held.
 void KeyBarrier::Advance(Ended* ended) {
   for (;;) {
     const auto next = std::find_if(waiting_.begin(), waiting_.end(),
@@ -117,10 +124,10 @@ void KeyBarrier::Advance(Ended* ended) {
   try {
     StartWatch();
   } catch (const std::system_error& e) {
-    // Who waits would have no deadline.
+    // Without the thread, arrivals that wait would have no deadline.
     std::ostringstream why;
-    why << "no thread could be started that watches over the deadline (" << e.what()
-        << "). Let this process have more threads (\"ulimit -u\", a container's limit of "
+    why << "no thread could be started to watch over the deadline (" << e.what()
+        << "). Allow this process more threads (\"ulimit -u\", or a container's limit of "
            "processes), or use fewer.";
     for (auto& failed :
          TakeRounds([](const Arrival&, Clock::time_point) { return true; }, why.str())) {
@@ -149,18 +156,18 @@ void KeyBarrier::Join(Present present, Ended* ended) {
     });
   });
   if (round == rounds.end()) {
-    rounds.push_back({next_number_++, arrival.num_devices, Clock::now(), {}});
+    rounds.push_back({next_id_++, arrival.num_devices, Clock::now(), {}});
     round = std::prev(rounds.end());
   }
-  const std::string contradiction =
+  const Contradiction contradiction =
       round->present.empty()
-          ? std::string()
-          : Contradiction(round->present.front().arrival, round->num_devices, arrival);
+          ? Contradiction()
+          : FindContradiction(round->present.front().arrival, round->num_devices, arrival);
   round->present.push_back(std::move(present));
-  if (!contradiction.empty()) {
-    std::string error = Describe(round->present.front().arrival) + contradiction + ".";
+  if (contradiction.failure != Failure::kNone) {
+    std::string error = Describe(round->present.front().arrival) + contradiction.message;
     CountFailure(phase_key);
-    ended->failed.push_back({std::move(*round), std::move(error)});
+    ended->failed.push_back({std::move(*round), std::move(error), contradiction.failure});
     rounds.erase(round);
   } else if (static_cast<int>(round->present.size()) >= round->num_devices) {
     ended->complete.push_back(std::move(*round));
@@ -195,7 +202,7 @@ void KeyBarrier::Complete(Round round) {
 void KeyBarrier::Fail(std::vector<FailedRound> failed) {
   for (auto& f : failed) {
     for (auto& p : f.round.present) {
-      p.done(Result{nullptr, 0, 0, f.error, f.expired, f.shared_sender});
+      p.done(Result{nullptr, 0, 0, f.error, f.failure, f.shared_sender});
     }
   }
 }
@@ -207,8 +214,8 @@ std::string KeyBarrier::Describe(const Arrival& first) {
   return os.str();
 }
 
-// Takes what the predicate(arrival, since) picks out of the books: open rounds, and arrivals that
-// wait for their ticket.  The lock is held.
+// Removes and returns what predicate(arrival, since) selects: open rounds, and arrivals that wait
+// for earlier tickets.  The lock is held.
 template <typename Predicate>
 std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
                                                             const std::string& why) {
@@ -253,7 +260,7 @@ std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
 
 std::uint64_t KeyBarrier::NewPass() {
   std::lock_guard<std::mutex> lock(mutex_);
-  return next_number_++;
+  return next_id_++;
 }
 
 bool KeyBarrier::Announce(const std::vector<std::string>& keys, std::uint64_t participant,
@@ -285,7 +292,7 @@ Pass KeyBarrier::PassOf(const std::string& key, std::uint64_t participant) const
 }
 
 void KeyBarrier::Abort(const std::vector<std::uint64_t>& passes, const std::string& why) {
-  constexpr std::size_t kRemembered = 4096;  // a pass that ended so long ago sends nothing any more
+  constexpr std::size_t kRemembered = 4096;  // no arrival of an earlier pass is still to come
   std::vector<FailedRound> failed;
   Ended ended;
   {
@@ -297,7 +304,7 @@ void KeyBarrier::Abort(const std::vector<std::uint64_t>& passes, const std::stri
     failed = TakeRounds([&](const Arrival& arrival,
                             Clock::time_point) { return aborted_.count(arrival.pass) != 0; },
                         why);
-    Advance(&ended);  // who waited for the ticket of what has just failed
+    Advance(&ended);  // arrivals that waited for the tickets of those that have just failed
   }
   Fail(std::move(failed));
   Notify(std::move(ended));
@@ -340,7 +347,7 @@ void KeyBarrier::SetTimeout(double seconds) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     timeout_ = Seconds(seconds);
-    next_look_ = Clock::now();  // rounds that wait already fall under the new deadline
+    next_look_ = Clock::now();  // the new deadline applies to open rounds as well
   }
   wake_.notify_all();
 }
@@ -352,13 +359,17 @@ double KeyBarrier::Timeout() const {
 
 std::uint64_t KeyBarrier::Failures(const std::string& key) const {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (key.empty()) return failures_;
   const auto notes = notes_.find(key);
   return notes == notes_.end() ? 0 : notes->second.failures;
 }
 
-// Deadlines come in the order in which rounds open, so a thread that already looks at some time
-// before now + timeout need not be woken: in the steady state an arrival costs no system call.
+std::uint64_t KeyBarrier::Failures() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return failures_;
+}
+
+// Deadlines pass in the order in which rounds are opened, so the thread need not be woken if it is
+// going to look before now + timeout: in the steady state an arrival costs no system call.
 void KeyBarrier::StartWatch() {
   const Clock::time_point deadline = Clock::now() + timeout_;
   if (!watch_.joinable()) {
@@ -385,14 +396,14 @@ void KeyBarrier::Watch() {
         TakeRounds([&](const Arrival&, Clock::time_point since) { return now - since >= timeout_; },
                    why.str());
     for (auto& f : failed) {
-      f.expired = true;
+      f.failure = Failure::kDeadline;
       f.shared_sender = SharesSender(f.round.present.front().arrival.key);
     }
     Ended ended;
-    Advance(&ended);  // who waited for the ticket of what has just failed
+    Advance(&ended);  // arrivals that waited for the tickets of those that have just failed
     next_look_ = now + timeout_;
-    for (const auto& phase : open_) {
-      for (const auto& round : phase.second) {
+    for (const auto& phase_and_rounds : open_) {
+      for (const auto& round : phase_and_rounds.second) {
         next_look_ = std::min(next_look_, round.opened + timeout_);
       }
     }
