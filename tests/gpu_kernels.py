@@ -1,8 +1,8 @@
 """The CUDA side's C functions (src/operator/kernels/cuda/functions.h) on arrays of a device.
 
-The same checks run on a GPU (tests/gpu) and where CUDA is emulated (test_gpu_kernels.py).  A device
-has ``array(numpy_array)``, whose result has ``pointer`` and ``numpy()``, and ``index`` and
-``stream``.
+The same checks run on a GPU (tests/gpu) and on emulated CUDA (test_gpu_kernels.py).  A device has
+``index``, ``stream``, ``synchronize()`` and ``array(numpy_array)``, whose result has ``pointer``,
+``dtype`` and ``numpy()``.
 """
 
 import ctypes
@@ -327,7 +327,7 @@ def check_float64_far_from_zero(kernels, shape, axis, local, offset=1e6):
 
 
 def check_two_devices(kernels, dtype, shape, axis):
-    """Two shards of a batch, each with the other's sums, as one batch."""
+    """Two shards of a batch, each with the sums of the other, give what one batch does."""
     rng = np.random.RandomState(0)
     xs = [rng.randn(*shape).astype(dtype) for _ in range(2)]
     dys = [rng.randn(*shape).astype(dtype) for _ in range(2)]
@@ -407,7 +407,7 @@ def check_cumulative_average(kernels, dtype, shape, axis, local):
 
 
 def check_write_modes(kernels, dtype, shape, axis, local):
-    """Results are added, or left local, where that is asked for."""
+    """Results overwrite, accumulate or are skipped, as asked for."""
     rng = np.random.RandomState(0)
     x, dy = rng.randn(*shape).astype(dtype), rng.randn(*shape).astype(dtype)
     device = kernels.device

@@ -1,10 +1,10 @@
-// The CUDA side, compiled for the CPU; see cuda_runtime.h beside this file.
+// The CUDA side, compiled for the CPU; see cuda_runtime.h in this folder.
 #include "kernels/cuda/batch_norm_kernels.cu"
 #include "kernels/cuda/functions.cu"
 #include "kernels/cuda/pinned_copy.cu"
 #include "kernels/cuda/runtime.cu"
 
-// Where a thread's accesses lie: for planes that are longer than what a test can hold.
+// The positions of a thread's accesses, to test planes that do not fit into memory.
 extern "C" __attribute__((visibility("default"))) int EmulatedPlaneCursor(
     int64_t outer, int64_t channels, int64_t inner, int64_t chunk, int64_t split, int thread,
     int64_t channel, int count, int64_t* at) {

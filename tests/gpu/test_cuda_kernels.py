@@ -58,7 +58,7 @@ def test_a_step(kernels, dtype, shape, axis):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape, axis", LAYOUTS[:2] + LAYOUTS[7:9])
-def test_moving_statistics_requests_and_two_devices(kernels, dtype, shape, axis):
+def test_moving_statistics_write_modes_and_two_devices(kernels, dtype, shape, axis):
     for local in (False, True):
         checks.check_moving_statistics(kernels, dtype, shape, axis, local)
         checks.check_write_modes(kernels, dtype, shape, axis, local)
@@ -99,7 +99,7 @@ def test_the_same_bits_on_every_run(kernels):
     assert len(results) == 1
 
 
-def test_an_error_is_told(kernels):
+def test_an_error_is_reported(kernels):
     params = checks.MomentsBackwardParams(1, checks.feature_shape((2, 3), 1))
     with pytest.raises(RuntimeError, match="on the GPU: invalid device ordinal"):
         kernels.run(params, device=99)

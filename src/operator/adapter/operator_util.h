@@ -99,8 +99,8 @@ inline void Unify(int* a, int* b, const char* what) {
   if (*b == -1) *b = *a;
   if (*a != *b) {
     Raise("SyncBatchNorm: ", what,
-          " has another dtype than the input needs (float32 parameters beside float16 and float32 "
-          "data, float64 beside float64); use cast() on the block.");
+          " does not have the dtype that the input needs (float32 parameters for float16 and "
+          "float32 data, float64 for float64); use cast() on the block.");
   }
 }
 

@@ -75,7 +75,7 @@ class ChannelBlocks {
   static constexpr std::size_t kMinInner = 16;
   // x, dy and dx of a block fit the second-level cache.
   static constexpr std::size_t kBlockBytes = 128 << 10;
-  static constexpr std::size_t kMinBlocks = 16;  // with fewer, threads share whole kernels better
+  static constexpr std::size_t kMinBlocks = 16;  // with fewer, kernels divide the whole map better
 
   DataType type_;
   FeatureShape shape_;

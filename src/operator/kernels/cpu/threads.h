@@ -1,4 +1,4 @@
-// How many threads a kernel works with.
+// Distributes the work of a kernel over threads.
 #pragma once
 
 #include <omp.h>
@@ -13,9 +13,9 @@
 
 namespace gluon_syncbn {
 
-// As many threads as OpenMP offers to the calling thread (MXNet sets that for its workers, and
-// OMP_NUM_THREADS limits it), shared with the kernels that run at the same time: with a context
-// per device, each device's worker calls from a thread of its own and would get them all.
+// The number of threads for a kernel: what OpenMP offers to the calling thread (MXNet sets that for
+// its workers, and OMP_NUM_THREADS limits it), divided by the number of kernels that run at this
+// time.  With several CPU contexts, each one's worker would otherwise use all cores.
 class ThreadBudget {
  public:
   ThreadBudget() : threads_(std::max(1, omp_get_max_threads() / ++kernels_running_)) {}
@@ -29,10 +29,10 @@ class ThreadBudget {
   const int threads_;
 };
 
-// Calls body(0) ... body(count - 1), in no particular order.  One piece of work is not worth
-// waking anybody; within a piece of work of another call, all the work is the caller's.
+// Calls body(0) ... body(count - 1), in no particular order.  Serial for a single item, or inside
+// another parallel region.
 #ifdef __SANITIZE_THREAD__
-// ThreadSanitizer does not see how OpenMP's threads wait for each other; plain ones it does.
+// ThreadSanitizer does not understand OpenMP's synchronization, but that of plain threads.
 template <typename Body>
 void ParallelFor(std::size_t count, const Body& body) {
   static thread_local bool inside = false;
@@ -59,7 +59,7 @@ void ParallelFor(std::size_t count, const Body& body) {
     return;
   }
   const ThreadBudget budget;
-  // Dynamic: a core that something else keeps busy takes fewer pieces, and nobody waits for it.
+  // Dynamic, so that a core that is busy with something else takes fewer items.
 #pragma omp parallel for schedule(dynamic) num_threads(budget.threads())
   for (std::size_t i = 0; i < count; ++i) body(i);
 }
