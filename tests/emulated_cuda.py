@@ -25,7 +25,15 @@ FLAGS += "-fsanitize=undefined -fno-sanitize-recover=all".split()
 def compile_library(path, sources, *options):
     path.parent.mkdir(parents=True, exist_ok=True)
     sources = [SOURCES / name for name in sources]
-    command = ["c++", *FLAGS, f"-I{SOURCES}", f"-I{OPERATOR}", f"-Wl,-soname,{path.name}", *sources, *options]
+    command = [
+        "c++",
+        *FLAGS,
+        f"-I{SOURCES}",
+        f"-I{OPERATOR}",
+        f"-Wl,-soname,{path.name}",
+        *sources,
+        *options,
+    ]
     subprocess.run([*map(str, command), "-o", str(path)], check=True)
     return path
 

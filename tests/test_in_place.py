@@ -23,7 +23,14 @@ def test_large_pages_are_asked_for_where_there_is_memory(tmp_path):
     # As CMakeLists.txt has it: MXNet's own definitions, less what needs other headers.
     off = "MXNET_USE_CUDA MXNET_USE_MKLDNN MSHADOW_USE_CUDA MSHADOW_USE_CBLAS MSHADOW_USE_MKL "
     off += "MSHADOW_USE_F16C _GLIBCXX_USE_CXX11_ABI"
-    command = ["c++", "-std=c++17", f"-I{here}/../src/operator", *(f"-D{name}=0" for name in off.split()), "-isystem", include]
+    command = [
+        "c++",
+        "-std=c++17",
+        f"-I{here}/../src/operator",
+        *(f"-D{name}=0" for name in off.split()),
+        "-isystem",
+        include,
+    ]
     program = str(tmp_path / "program")
     subprocess.run([*command, os.path.join(here, "huge_pages.cc"), "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True)

@@ -92,8 +92,8 @@ StatisticsInUse<Acc> InUse(const Params& p) {
           static_cast<const Acc*>(p.moving_var)};
 }
 
-// What the loops over elements compute with, per channel: (x - mean) * scale + shift
-// [+ factor * dy].
+// The numbers of a channel for the loops over elements, which compute
+// (x - mean) * scale + shift [+ factor * dy].
 template <typename Acc>
 struct alignas(4 * sizeof(Acc) > 16 ? 16 : 4 * sizeof(Acc)) ChannelEntry {
   Acc mean, scale, shift, factor;
