@@ -143,7 +143,8 @@ def exchange(first, last):
     mx.nd.waitall()
     return [mx.nd.contrib.KeyBarrierSum(x, key="k", num_devices=2) for x in xs]
 
-mx.nd.ones(3, ctx=mx.cpu(1)).wait_to_read()  # the engine has its threads
+for i in range(2):
+    mx.nd.ones(3, ctx=mx.cpu(i)).wait_to_read()  # the engine has its threads
 faults.threads.value = 1
 (y,) = exchange(0, 1)
 assert faults.threads.value == 0
