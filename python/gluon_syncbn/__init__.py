@@ -22,14 +22,13 @@ from .key_barrier import get_timeout, set_timeout  # noqa: E402
 from .model_data_parallel import ModelDataParallel  # noqa: E402
 from .parallel_backward import parallel_backward  # noqa: E402
 from .sync_batch_norm import BatchNorm, SyncBatchNorm  # noqa: E402
+from .version import __version__  # noqa: E402, F401
 
 traced_calls.install()
 gluon_hooks.install()
 executors.install()
 initial_states.install()
 mixed_precision.list_operators()  # amp wants them to exist
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BatchNorm",
