@@ -57,6 +57,10 @@ torch:  ## put PyTorch (CPU) into .venv-torch, where `make bench` finds it
 	$(PYTHON) -m venv .venv-torch
 	.venv-torch/bin/python -m pip install --quiet torch==2.13.0 "numpy<2.3"
 
+docs: build $(VENV)/docs-ready  ## build the guide and the API reference into docs/_build, seconds
+	$(BIN)/python -W "error:Unknown section" -m sphinx -EqW --keep-going docs docs/_build
+	@echo "docs/_build/index.html"
+
 # libmxnet.so comes with MXNet.  libgomp.so.1 is the system's, because MXNet's library takes it from
 # there: a copy in the wheel would be a second OpenMP runtime, with as many threads again.
 wheel: $(VENV)/ready  ## build the source distribution and one wheel for all Pythons, two minutes
@@ -84,7 +88,7 @@ format: $(VENV)/ready  ## format Python and C++
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist out docs/_build .mypy_cache python/gluon_syncbn/*.so python/*.egg-info
 
-.PHONY: help train finetune test build bench gluoncv cu112 emulated torch wheel sanitize lint format clean
+.PHONY: help train finetune test build bench gluoncv cu112 emulated torch docs wheel sanitize lint format clean
 
 $(CU112)/ready: requirements.txt tests/cuda_standins.py
 	$(PYTHON) -m venv $(CU112)
@@ -98,6 +102,10 @@ $(LIBRARY): $(VENV)/ready $(SOURCES)
 	  -DMXNET_DIR="$(MXNET_DIR)"
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build
 	@touch $@
+
+$(VENV)/docs-ready: $(VENV)/ready docs/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	touch $@
 
 # The package itself is put on the path, not copied, so that a change needs no installation.
 $(VENV)/ready: requirements.txt Makefile

@@ -14,3 +14,9 @@ import sys
 
 TESTS = pathlib.Path(__file__).resolve().parent.parent
 sys.path += [str(TESTS), str(TESTS.parent / "python")]  # a package that is on the path comes first
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if pathlib.Path(__file__).parent in item.path.parents:
+            item.add_marker("gpu")

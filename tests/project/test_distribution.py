@@ -1,4 +1,4 @@
-"""The source distribution is the checkout; the wheel has what is needed to run, and nothing else."""
+"""The source distribution is the checkout; the wheel is what it takes to run, and no more."""
 
 import email
 import re

@@ -1,7 +1,7 @@
 """Each version number has one source; the files that have to repeat one agree with it.
 
-That of the package is in python/gluon_syncbn/version.py.  Those of MXNet, NumPy and Python, which it
-works with, are in python/gluon_syncbn/compatibility.py.
+That of the package is in python/gluon_syncbn/version.py.  Those of MXNet, NumPy and Python, which
+it works with, are in python/gluon_syncbn/compatibility.py.
 """
 
 import pathlib
