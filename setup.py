@@ -59,16 +59,19 @@ class CMakeBuild(build_ext):
         options = [f"-DMXNET_DIR={mxnet}", f"-DGLUON_SYNCBN_LIBRARY_DIR={target}"]
         if "GLUON_SYNCBN_CUDA" in os.environ:
             options.append(f"-DGLUON_SYNCBN_CUDA={os.environ['GLUON_SYNCBN_CUDA']}")
-        # Not below the checkout: CMake would find the tools of an earlier build's environment.
-        with tempfile.TemporaryDirectory() as build:
-            subprocess.check_call(["cmake", "-S", HERE, "-B", build, "-G", "Ninja", *options])
-            subprocess.check_call(["cmake", "--build", build])
+        build = os.path.abspath(self.build_temp)
+        subprocess.check_call(["cmake", "-S", HERE, "-B", build, "-G", "Ninja", *options])
+        subprocess.check_call(["cmake", "--build", build])
 
     def get_ext_filename(self, name):
         # Without the suffix of an extension module, which names a Python.
         *package, module = name.split(".")
         return os.path.join(*package, f"lib{module}.so")
 
+
+# Not below the checkout: setuptools would pack modules that an earlier build left there, and CMake
+# would find the tools of that build's environment.
+BUILD = tempfile.TemporaryDirectory()
 
 setup(
     name="gluon-syncbn",
@@ -91,6 +94,7 @@ setup(
     package_dir={"": "python"},
     packages=find_packages("python"),
     package_data={"gluon_syncbn": ["py.typed"]},
+    options={"build": {"build_base": BUILD.name}},
     ext_modules=[Extension("gluon_syncbn.gluon_syncbn", sources=[])],
     cmdclass={"bdist_wheel": AnyPython, "build_ext": CMakeBuild},
     python_requires=f">={PYTHONS[0]},<{PYTHON_TO[0]}.{PYTHON_TO[1] + 1}",

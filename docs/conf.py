@@ -15,6 +15,9 @@ author = "The gluon_syncbn authors"
 copyright = author  # noqa: A001: Sphinx's name
 version = release = __version__
 
+# Pages of the repository that are pages here.
+PAGES = {"README.md": "index", "CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog"}
+
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.mathjax", "numpydoc", "myst_parser"]
 exclude_patterns = ["_build", "requirements.txt"]
 html_theme = "furo"
@@ -44,18 +47,25 @@ def _link_to_package(app, env, node, contnode):
     return python.resolve_xref(env, document, builder, node["reftype"], full, node, contnode)
 
 
-def _readme_as_index(app, docname, source):
-    """Put the README before the index's table of contents, with links as seen from this folder."""
-    if docname != "index":
-        return
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def _take_over(app, docname, source):
+    """Put the repository's own pages in place of these, and let links lead to them."""
+    here = posixpath.dirname(f"docs/{docname}")
+    folder = here
+    for path, page in PAGES.items():
+        if page == docname:
+            source[0] = (ROOT / path).read_text(encoding="utf-8") + source[0]
+            folder = ""
 
     def relative(match):
-        return f"]({posixpath.relpath(match[1], 'docs')}{match[2] or ''})"
+        path = posixpath.normpath(posixpath.join(folder, match[1]))
+        if not (ROOT / path).exists():  # code, or a broken link, which is left for MyST to report
+            return match[0]
+        path = f"docs/{PAGES[path]}.md" if path in PAGES else path
+        return f"]({posixpath.relpath(path, here)}{match[2] or ''})"
 
-    source[0] = re.sub(r"\]\((?!\w+:|#)([^)#]+)(#[^)]*)?\)", relative, readme) + source[0]
+    source[0] = re.sub(r"\]\((?!\w+:|#)([^)#]+)(#[^)]*)?\)", relative, source[0])
 
 
 def setup(app):
     app.connect("missing-reference", _link_to_package)
-    app.connect("source-read", _readme_as_index)
+    app.connect("source-read", _take_over)

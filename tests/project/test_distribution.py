@@ -1,9 +1,12 @@
 """The source distribution is the checkout; the wheel is what it takes to run, and no more."""
 
 import email
+import os
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
 import tarfile
 import zipfile
 
@@ -76,3 +79,19 @@ def test_openmp_and_mxnet_are_those_of_the_process(wheel, tmp_path):
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", printed))
     assert {"libmxnet.so", "libgomp.so.1", "libstdc++.so.6"} <= needed
     assert not re.search(r"\(R(UN)?PATH\)", printed)
+
+
+def test_pip_builds_it_without_what_an_earlier_build_left(distributions, tmp_path):
+    with tarfile.open(distributions / f"{NAME}.tar.gz") as archive:
+        archive.extractall(tmp_path)
+    # Where setuptools builds unless it is told otherwise, and packs all that it finds.
+    left = f"build/lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}/gluon_syncbn"
+    (tmp_path / NAME / left).mkdir(parents=True)
+    (tmp_path / NAME / left / "stale.py").touch()
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", f"./{NAME}"]
+    environment = {**os.environ, "GLUON_SYNCBN_CUDA": "OFF"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=600)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = unpacked(wheel, tmp_path / "unpacked")
+    assert "gluon_syncbn/libgluon_syncbn.so" in names
+    assert not {"gluon_syncbn/stale.py", "gluon_syncbn/libgluon_syncbn_cuda.so"} & names
