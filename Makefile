@@ -64,7 +64,7 @@ docs: build $(VENV)/docs-ready  ## build the guide and the API reference into do
 # libmxnet.so comes with MXNet.  libgomp.so.1 is the system's, because MXNet's library takes it from
 # there: a copy in the wheel would be a second OpenMP runtime, with as many threads again.
 wheel: $(VENV)/ready  ## build the source distribution and one wheel for all Pythons, two minutes
-	rm -rf "$(DIST)"
+	rm -rf "$(DIST)" python/*.egg-info  # whose list of files would be added to
 	PATH="$(abspath $(BIN)):$$PATH" GLUON_SYNCBN_ANY_MXNET=1 $(BIN)/python -m build --outdir "$(DIST)"
 	PATH="$(abspath $(BIN)):$$PATH" && cd "$(DIST)" && \
 	  auditwheel repair --wheel-dir . --exclude libmxnet.so --exclude libgomp.so.1 --plat \
