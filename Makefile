@@ -39,8 +39,8 @@ bench: build  ## time it beside MXNet and PyTorch, under five minutes (BENCH_ARG
 
 gluoncv: build  ## put GluonCV into .venv-gluoncv and test it with our layers, some minutes
 	$(PYTHON) -m venv .venv-gluoncv
-	.venv-gluoncv/bin/python -m pip install --quiet --no-deps -r tests/requirements-gluoncv.txt
-	PYTHONPATH=python .venv-gluoncv/bin/python -m pytest tests/test_gluoncv.py $(TEST_ARGS)
+	.venv-gluoncv/bin/python -m pip install --quiet --no-deps -r tests/data_parallel/requirements-gluoncv.txt
+	PYTHONPATH=python .venv-gluoncv/bin/python -m pytest tests/data_parallel/test_gluoncv.py $(TEST_ARGS)
 
 cu112: build $(CU112)/ready  ## test our CPU side in mxnet-cu112, with or without a GPU; downloads 500 MB
 	PYTHONPATH="$(abspath python)" GLUON_SYNCBN_TEST_CU112=1 \
@@ -48,7 +48,7 @@ cu112: build $(CU112)/ready  ## test our CPU side in mxnet-cu112, with or withou
 	  $(CU112)/bin/python -m pytest $(TEST_ARGS)
 
 emulated: build $(CU112)/ready  ## test our GPU side in mxnet-cu112, on emulated GPUs; the same 500 MB
-	$(CU112)/bin/python tests/emulated_cuda.py $(CU112)/emulated
+	$(CU112)/bin/python tests/helpers/emulated_cuda.py $(CU112)/emulated
 	PYTHONPATH="$(abspath $(CU112)/emulated/python)" EMULATED_GPUS=4 \
 	  LD_LIBRARY_PATH="$(abspath $(CU112)/emulated/lib):$(abspath $(CU112)/standins)" \
 	  $(CU112)/bin/python -m pytest --confcutdir=tests/gpu tests/gpu $(TEST_ARGS)
@@ -63,8 +63,9 @@ docs: build $(VENV)/docs-ready  ## build the guide and the API reference into do
 
 # libmxnet.so comes with MXNet.  libgomp.so.1 is the system's, because MXNet's library takes it from
 # there: a copy in the wheel would be a second OpenMP runtime, with as many threads again.
+# *.egg-info has the last build's list of files, which would be added to the new one.
 wheel: $(VENV)/ready  ## build the source distribution and one wheel for all Pythons, two minutes
-	rm -rf "$(DIST)" python/*.egg-info  # whose list of files would be added to
+	rm -rf "$(DIST)" python/*.egg-info
 	PATH="$(abspath $(BIN)):$$PATH" GLUON_SYNCBN_ANY_MXNET=1 $(BIN)/python -m build --outdir "$(DIST)"
 	PATH="$(abspath $(BIN)):$$PATH" && cd "$(DIST)" && \
 	  auditwheel repair --wheel-dir . --exclude libmxnet.so --exclude libgomp.so.1 --plat \
@@ -90,11 +91,11 @@ clean:  ## remove what was built; the environment stays
 
 .PHONY: help train finetune test build bench gluoncv cu112 emulated torch docs wheel sanitize lint format clean
 
-$(CU112)/ready: requirements.txt tests/cuda_standins.py
+$(CU112)/ready: requirements.txt tests/helpers/cuda_standins.py
 	$(PYTHON) -m venv $(CU112)
 	$(CU112)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt \
 	  mxnet-cu112==$(MXNET_VERSION) nvidia-cuda-runtime-cu11==11.8.89
-	$(CU112)/bin/python tests/cuda_standins.py $(CU112)/standins
+	$(CU112)/bin/python tests/helpers/cuda_standins.py $(CU112)/standins
 	touch $@
 
 $(LIBRARY): $(VENV)/ready $(SOURCES)

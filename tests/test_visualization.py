@@ -4,7 +4,7 @@ import mxnet as mx
 import pytest
 
 from gluon_syncbn import convert_symbol
-from modules import EXPORTED, exported
+from module_training import EXPORTED, exported
 
 SHAPE = {"data": (2, 3, 8, 8)}
 

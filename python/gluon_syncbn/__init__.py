@@ -4,37 +4,36 @@ from .compatibility import check_environment
 
 check_environment()
 
-# What MXNet 1.9.1 is right beside must be checked before these import it.
-from . import (  # noqa: E402
-    executors,
-    gluon_hooks,
-    initial_states,
-    mixed_precision,
-    symbol,
-    traced_calls,
+# Only now: with another NumPy these fail in obscure ways, inside MXNet.
+from . import symbol  # noqa: E402
+from .conversion import (  # noqa: E402
+    ConversionError,
+    convert_symbol,
+    convert_sync_batchnorm,
+    export_for_inference,
+    revert_batchnorm,
 )
-from .conversion import convert_symbol, convert_sync_batchnorm, revert_batchnorm  # noqa: E402
-from .data_parallel_criterion import DataParallelCriterion  # noqa: E402
-from .data_parallel_model import DataParallelModel  # noqa: E402
-from .graph_conversion import ConversionError  # noqa: E402
-from .inference_export import export_for_inference  # noqa: E402
+from .data_parallel import (  # noqa: E402
+    DataParallelCriterion,
+    DataParallelModel,
+    ModelDataParallel,
+    parallel_backward,
+)
 from .key_barrier import get_timeout, set_timeout  # noqa: E402
-from .model_data_parallel import ModelDataParallel  # noqa: E402
-from .parallel_backward import parallel_backward  # noqa: E402
+from .key_barrier_sum import KeyBarrierSum  # noqa: E402
+from .startup import start  # noqa: E402
 from .sync_batch_norm import BatchNorm, SyncBatchNorm  # noqa: E402
 from .version import __version__  # noqa: E402, F401
 
-traced_calls.install()
-gluon_hooks.install()
-executors.install()
-initial_states.install()
-mixed_precision.list_operators()  # amp wants them to exist
+start()
+del start
 
 __all__ = [
     "BatchNorm",
     "ConversionError",
     "DataParallelCriterion",
     "DataParallelModel",
+    "KeyBarrierSum",
     "ModelDataParallel",
     "SyncBatchNorm",
     "convert_symbol",

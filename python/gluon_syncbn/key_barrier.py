@@ -1,9 +1,12 @@
-"""The key-barrier's face in Python: its deadline, its passes, and ending them."""
+"""The exchange as Python sees it: its deadline, its passes, its failures, and its end."""
+
+from __future__ import annotations
 
 import atexit
 import ctypes
 import math
 import os
+from typing import Any, Iterable
 
 import mxnet as mx
 
@@ -12,12 +15,12 @@ from .library import LIBRARY, check
 TIMEOUT_VARIABLE = "GLUON_SYNCBN_TIMEOUT"
 
 
-def _strings(keys):
+def _strings(keys: Iterable[str]) -> tuple:
     encoded = [key.encode() for key in keys]
     return (ctypes.c_char_p * len(encoded))(*encoded), len(encoded)
 
 
-def _seconds(value, where):
+def _seconds(value: Any, where: str) -> float:
     try:
         seconds = float(value)
     except (TypeError, ValueError):
@@ -36,70 +39,76 @@ class KeyBarrier:
         A barrier of the library; None is the process's own, which the operators use.
     """
 
-    def __init__(self, handle=None):
+    def __init__(self, handle: int | None = None) -> None:
         self._handle = handle
 
     @property
-    def timeout(self):
-        """Seconds after its first arrival at which an incomplete round fails."""
-        return LIBRARY.GluonSyncBNBarrierTimeout(self._handle)
+    def timeout(self) -> float:
+        """Seconds from a round's first arrival until it fails if it is incomplete."""
+        return LIBRARY.BarrierTimeout(self._handle)
 
     @timeout.setter
-    def timeout(self, seconds):
-        LIBRARY.GluonSyncBNBarrierSetTimeout(self._handle, _seconds(seconds, "the timeout"))
+    def timeout(self, seconds: float) -> None:
+        LIBRARY.BarrierSetTimeout(self._handle, _seconds(seconds, "the timeout"))
 
     @property
-    def failures(self):
-        """How many rounds have failed so far."""
-        return LIBRARY.GluonSyncBNBarrierFailures(self._handle, None, 0)
+    def failures(self) -> int:
+        """The number of rounds that have failed so far."""
+        return LIBRARY.BarrierFailures(self._handle, None, 0)
 
-    def failures_of(self, keys):
-        """How many rounds of these keys have failed so far."""
-        return LIBRARY.GluonSyncBNBarrierFailures(self._handle, *_strings(keys))
+    def failures_of(self, keys: Iterable[str]) -> int:
+        """Return how many rounds of these keys have failed so far."""
+        return LIBRARY.BarrierFailures(self._handle, *_strings(keys))
 
-    def new_pass(self):
-        """The number of a pass that begins; see ``src/operator/exchange/key_barrier.h``."""
-        return LIBRARY.GluonSyncBNBarrierNewPass(self._handle)
+    def new_pass(self) -> int:
+        """Return the number of a new pass; see ``src/operator/exchange/key_barrier.h``."""
+        return LIBRARY.BarrierNewPass(self._handle)
 
-    def abort(self, passes, why):
-        """Fail everything that waits in these passes, and all that comes later in them."""
+    def abort(self, passes: list, why: str) -> None:
+        """Fail every round of these passes that is incomplete, and every later arrival in them."""
         numbers = (ctypes.c_ulonglong * len(passes))(*passes)
-        check(LIBRARY.GluonSyncBNBarrierAbort(self._handle, numbers, len(passes), why.encode()))
+        check(LIBRARY.BarrierAbort(self._handle, numbers, len(passes), why.encode()))
 
-    def close(self, why):
+    def close(self, why: str) -> None:
         """Fail all rounds and every later arrival."""
-        check(LIBRARY.GluonSyncBNBarrierClose(self._handle, why.encode()))
+        check(LIBRARY.BarrierClose(self._handle, why.encode()))
 
-
-if TIMEOUT_VARIABLE in os.environ:
-    _seconds(os.environ[TIMEOUT_VARIABLE], f"the environment variable {TIMEOUT_VARIABLE}")
 
 BARRIER = KeyBarrier()
 
 
-@atexit.register
-def _end():
-    """Let go who still waits: MXNet waits at exit for what is pending."""
+def check_timeout_variable() -> None:
+    """Raise ValueError if the environment asks for a deadline that is none."""
+    if TIMEOUT_VARIABLE in os.environ:
+        _seconds(os.environ[TIMEOUT_VARIABLE], f"the environment variable {TIMEOUT_VARIABLE}")
+
+
+def close_at_exit() -> None:
+    """Fail what is incomplete when the process ends: MXNet waits at exit for what is pending."""
+    atexit.register(_close)
+
+
+def _close() -> None:
     failures = BARRIER.failures
     BARRIER.close("the process is ending")
     if BARRIER.failures != failures:
         try:
             mx.nd.waitall()
         except mx.MXNetError:
-            pass  # nobody is left to be told
+            pass  # there is no program left to read it
 
 
-def set_timeout(seconds):
-    """Set the deadline of an exchange.
+def set_timeout(seconds: float) -> None:
+    """Set the deadline of all-reduces, for the whole process.
 
-    A device that waits longer than this for the others raises :class:`mxnet.MXNetError` when its
-    result is read, instead of waiting for ever.
+    If a device has waited this long for the others, reading its result raises
+    :class:`mxnet.MXNetError`; it does not wait for ever.
 
     Parameters
     ----------
     seconds : float
-        The new deadline, for exchanges that wait already, too; from 0.001 to 1e8.  The default is
-        120, or what the environment variable ``GLUON_SYNCBN_TIMEOUT`` says.
+        From 0.001 to 1e8.  It applies to all-reduces that are waiting already as well.  The default
+        is 120, or the value of the environment variable ``GLUON_SYNCBN_TIMEOUT``.
 
     Raises
     ------
@@ -116,6 +125,18 @@ def set_timeout(seconds):
     BARRIER.timeout = seconds
 
 
-def get_timeout():
-    """The deadline of an exchange in seconds; see :func:`set_timeout`."""
+def get_timeout() -> float:
+    """Return the deadline of all-reduces in seconds; see :func:`set_timeout`.
+
+    Returns
+    -------
+    float
+        Seconds, for the whole process.
+
+    Examples
+    --------
+    >>> import gluon_syncbn
+    >>> gluon_syncbn.get_timeout() > 0
+    True
+    """
     return BARRIER.timeout

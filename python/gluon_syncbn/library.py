@@ -4,13 +4,13 @@ The library names ``libmxnet.so`` as what it needs.  MXNet's Python package has 
 already, so the loader finds it by name, whichever wheel it came from.
 """
 
+from __future__ import annotations
+
 import ctypes
 import os
+from typing import Any
 
-from mxnet import ndarray, symbol
-from mxnet.base import _LIB, OpHandle, c_str, check_call
-from mxnet.ndarray.register import _make_ndarray_function
-from mxnet.symbol.register import _make_symbol_function
+from . import mxnet_private
 
 PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "libgluon_syncbn.so")
 
@@ -78,43 +78,55 @@ _SIGNATURES = {
 }
 
 
-def _open():
+class Library:
+    """The library's C functions, as attributes without their prefix ``GluonSyncBN``."""
+
+    def load(self) -> None:
+        """Open the library and register its operators with MXNet; once, at import.
+
+        Raises
+        ------
+        ImportError
+            If it is missing or does not fit this MXNet.
+        """
+        library = _open()
+        for name, (restype, argtypes) in _SIGNATURES.items():
+            function = getattr(library, "GluonSyncBN" + name)
+            function.restype, function.argtypes = restype, argtypes
+            setattr(self, name, function)
+        check(self.RegisterOperators())
+        for operator, (submodule, name) in OPERATORS.items():
+            mxnet_private.make_operator_functions(operator, submodule, name)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"the library has no function {name}, or is not loaded yet")
+
+
+LIBRARY = Library()
+
+
+def _open() -> ctypes.CDLL:
     if not os.path.exists(PATH):
         raise ImportError(
             f"gluon_syncbn's compiled library is missing ({PATH}). Build it: in a checkout, "
             '"make build"; otherwise install the package with "pip install .", which compiles it.'
         )
     try:
-        library = ctypes.CDLL(PATH)
+        return ctypes.CDLL(PATH)
     except OSError as error:
         raise ImportError(
             f"gluon_syncbn's compiled library does not load: {error}. Build it again for this "
             'MXNet and this machine: in a checkout, "make build"; otherwise "pip install .".'
         ) from error
-    for name, (restype, argtypes) in _SIGNATURES.items():
-        function = getattr(library, "GluonSyncBN" + name)
-        function.restype, function.argtypes = restype, argtypes
-    return library
 
 
-def check(status):
-    """Raise what the library says went wrong when ``status`` is negative; return it otherwise."""
+def check(status: int) -> int:
+    """Return ``status``; if it is negative, raise RuntimeError with the library's reason."""
     if status < 0:
-        raise RuntimeError(LIBRARY.GluonSyncBNLastError().decode())
+        raise RuntimeError(LIBRARY.LastError().decode())
     return status
 
 
-def _register_operators():
-    check(LIBRARY.GluonSyncBNRegisterOperators())
-    for operator, (submodule, name) in OPERATORS.items():
-        handle = OpHandle()
-        check_call(_LIB.NNGetOpHandle(c_str(operator), ctypes.byref(handle)))
-        for root, make in ((ndarray, _make_ndarray_function), (symbol, _make_symbol_function)):
-            module = getattr(root, submodule)
-            function = make(handle, operator, name)
-            function.__module__ = module.__name__
-            setattr(module, name, function)
-
-
-LIBRARY = _open()
-_register_operators()
+def operator(F: Any, name: str) -> Any:
+    """Return the function of ``mx.nd`` or ``mx.sym`` (``F``) for one of the layer's operators."""
+    return getattr(mxnet_private.internal(F), name)

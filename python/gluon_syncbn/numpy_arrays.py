@@ -7,10 +7,11 @@ share memory, gradient and graph.  So a layer takes either kind and gives back w
 import functools
 
 from mxnet import numpy
-from mxnet.symbol.numpy import _Symbol
 from mxnet.util import is_np_array
 
-NUMPY_KINDS = (numpy.ndarray, _Symbol)
+from .mxnet_private import NumpySymbol
+
+NUMPY_KINDS = (numpy.ndarray, NumpySymbol)
 
 
 def like(value, other):

@@ -1,9 +1,11 @@
 """A pass: one forward call of a network on several devices, and its backward.
 
-The devices of a pass meet each other in its exchanges, and nobody else.  While a device runs its
-part, the pass is current in its thread; layers and graphs announce it before they run
-(``begin``), so that it makes no difference who knows of them.
+The devices of a pass take part in its all-reduces, and no others do.  While a device runs its
+part, the pass is current in its thread; layers and graphs announce it before they run (``begin``),
+so it makes no difference whether Gluon knows of them.
 """
+
+from __future__ import annotations
 
 import ctypes
 import threading
@@ -14,12 +16,14 @@ from contextlib import contextmanager
 
 from mxnet import autograd, ndarray
 
+from . import mxnet_private
 from .key_barrier import BARRIER
 from .library import LIBRARY, check
 
-# `num_devices`: None is what the pass says.  `statistics`: the Parameters that a layer moves, the
-# moving mean first, or () for a bare KeyBarrierSum.  `alone`: it meets nobody.
-Exchange = namedtuple("Exchange", "name key num_devices statistics alone")
+# The all-reduce of a layer, or a KeyBarrierSum.  `num_devices`: None if the pass determines it.
+# `statistics`: the Parameters that training updates, the moving mean first; () for KeyBarrierSum.
+# `local`: the layer needs no all-reduce.
+Exchange = namedtuple("Exchange", "name key num_devices statistics local")
 
 _thread = threading.local()
 _warned = False
@@ -34,56 +38,55 @@ class Pass:
         What is called.
     present : list of Context
         The devices that take part.
-    absent : list of Context
+    idle : list of Context
         The network's other devices.
     """
 
-    def __init__(self, net, present, absent=()):
+    def __init__(self, net, present, idle=()):
         self.id = BARRIER.new_pass()
-        self.present, self.absent = list(present), list(absent)
-        self.failure = None  # why no device should go on
+        self.present, self.idle = list(present), list(idle)
+        self.failure = None  # why the devices should not go on
         self._net = weakref.ref(net)
         self._begun = []
 
     @property
     def exchanges(self):
-        """The exchanges that have begun in it, each once."""
+        """The all-reduces that were announced in it, each once."""
         return list({e.key: e for exchanges in list(self._begun) for e in exchanges}.values())
 
     def note(self, exchanges):
         if self.failure:
             raise RuntimeError(f"this device's part has been given up: {self.failure}")
         for e in exchanges:
-            check_num_devices(e, len(self.present) + len(self.absent))
+            check_num_devices(e, len(self.present) + len(self.idle))
         self._begun.append(exchanges)
 
-    def stand_in(self):
-        """Give the absent devices the statistics of the others."""
+    def sync_idle_devices(self):
+        """Copy the statistics to devices without input."""
         source = self.present[0]
         for exchange in self.exchanges:
             for parameter in exchange.statistics:
-                for device in self.absent:
+                for device in self.idle:
                     parameter.data(source).copyto(parameter.data(device))
 
-    def zero_absent_gradients(self):
-        """Make zero what the absent devices contribute to the gradients of the parameters."""
+    def zero_idle_gradients(self):
+        """Zero the gradients of devices without input."""
         net = self._net()
         for parameter in net.collect_params().values() if net is not None else ():
-            if parameter.grad_req == "null" or not parameter._data:  # the network does not use it
-                continue
-            for device in self.absent:
+            if parameter.grad_req == "null" or not mxnet_private.has_data(parameter):
+                continue  # without data, the network does not use it
+            for device in self.idle:
                 if parameter.grad_req == "write":
                     gradient = parameter.grad(device).as_nd_ndarray()  # it may be one of mx.np
                     ndarray.zeros_like(gradient, out=gradient)
-                # What Trainer looks at to tell a gradient of this step from an old one.
-                parameter.data(device)._fresh_grad = True
+                mxnet_private.mark_gradient_fresh(parameter.data(device))
 
     def close(self):
-        """All devices have run their forward parts."""
+        """Forget what was needed while the devices ran their forward parts."""
         self._begun = []
 
     def fail(self, why):
-        """Let nobody wait in this pass any more."""
+        """Fail everything that waits in this pass or would wait later."""
         self.failure = why
         BARRIER.abort([self.id], why)
 
@@ -99,7 +102,7 @@ def check_num_devices(exchange, num_devices):
 
 
 def current():
-    """The pass that the calling thread runs a device's part of, or None."""
+    """Return the pass that the calling thread runs a device's part of, or None."""
     return getattr(_thread, "current", None)
 
 
@@ -115,22 +118,22 @@ def running(a_pass):
 
 @contextmanager
 def ordered_calls():
-    """Let the exchanges that this thread calls meet in the order of the program."""
+    """Let all-reduces that this thread calls belong together in the order of the program."""
     a_pass = current()
-    before = LIBRARY.GluonSyncBNEnterCall(a_pass.id if a_pass else 0)
+    before = LIBRARY.EnterCall(a_pass.id if a_pass else 0)
     try:
         yield
     finally:
-        LIBRARY.GluonSyncBNLeaveCall(before)
+        LIBRARY.LeaveCall(before)
 
 
 def handles(arrays):
-    """NDArrays as a C array and its length."""
+    """Return NDArrays as a C array and its length."""
     return (ctypes.c_void_p * len(arrays))(*[a.handle for a in arrays]), len(arrays)
 
 
 def begin(exchanges, context):
-    """Announce the current pass, or that there is none, to exchanges that are about to run.
+    """Announce the current pass, or that there is none, to all-reduces that are about to run.
 
     Parameters
     ----------
@@ -143,7 +146,11 @@ def begin(exchanges, context):
     a_pass = current()
     if a_pass is not None:
         a_pass.note(exchanges)
-    meeting = [e for e in exchanges if e.statistics and not e.alone and e.statistics[0]._data]
+    meeting = [
+        e
+        for e in exchanges
+        if e.statistics and not e.local and mxnet_private.has_data(e.statistics[0])
+    ]
     if not meeting:
         return
     if a_pass is None:
@@ -152,11 +159,11 @@ def begin(exchanges, context):
     means = {id(e.statistics[0]): e.statistics[0] for e in meeting}  # layers may share theirs
     order, count = handles([mean.data(context) for mean in means.values()])
     number, expected = (a_pass.id, len(a_pass.present)) if a_pass else (0, 0)
-    check(LIBRARY.GluonSyncBNBeginPass(keys, len(meeting), order, count, number, expected))
+    check(LIBRARY.BeginPass(keys, len(meeting), order, count, number, expected))
 
 
 def _warn_of_loops(exchanges):
-    """Warn once of a layer that is on several devices, and that nobody told how many meet."""
+    """Warn once of a layer that is on several devices but was given no number of them."""
     global _warned
     if _warned:
         return

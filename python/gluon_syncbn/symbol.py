@@ -4,9 +4,10 @@ from mxnet import symbol
 from mxnet.attribute import AttrScope
 from mxnet.name import NameManager
 
-from .chain import alone, together
-from .sync_batch_norm import checked_num_devices, unique_key
-from .traced_calls import next_call
+from . import mxnet_private
+from .keys import KEYS
+from .operators import local_batch_norm, synchronized_batch_norm
+from .sync_batch_norm import checked_num_devices
 
 __all__ = ["SyncBatchNorm"]
 
@@ -100,24 +101,19 @@ def SyncBatchNorm(  # noqa: N802: the name of MXNet's
         raise ValueError("key must not be empty; leave it out for one that no other layer has")
     num_devices = _one_number(ndev, num_devices)
 
-    name = _full_name(name)
+    name = mxnet_private.operator_name(name, "syncbatchnorm")
     # MXNet's own operator makes the variables: their names, marks and attributes are right then.
     with NameManager(), AttrScope(**(attr or {})):
         plain = symbol.BatchNorm(data, gamma, beta, moving_mean, moving_var, name=name)
         inputs = list(plain.get_children())
         options = {"axis": axis, "eps": eps, "momentum": momentum, "fix_gamma": fix_gamma}
         if use_global_stats or num_devices == 1:
-            return alone(symbol, *inputs, options, use_global_stats, name)
-        key = unique_key(name) if key is None else key
+            return local_batch_norm(symbol, *inputs, options, use_global_stats, name)
+        key = KEYS.of_layer(name) if key is None else key
         names = f"{name}_moments", f"{name}_sum", name
-        return together(symbol, *inputs, options, key, num_devices, next_call(key), names)
-
-
-def _full_name(name):
-    """As MXNet names an operator: numbered where it has no name, with the prefix of the scope."""
-    if not hasattr(NameManager._current, "value"):  # a thread's first
-        NameManager._current.value = NameManager()
-    return NameManager._current.value.get(name, "syncbatchnorm")
+        return synchronized_batch_norm(
+            symbol, *inputs, options, key, num_devices, KEYS.next_call(key), names
+        )
 
 
 def _one_number(ndev, num_devices):

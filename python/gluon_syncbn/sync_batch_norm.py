@@ -1,35 +1,57 @@
-"""The layer: batch normalization over the whole batch, wherever its parts lie."""
+"""The layer: batch normalization over the whole batch, however it is split over devices.
+
+All of it, on each of the devices; x is this device's shard, of shape (N, C, *), n = N * prod(*)::
+
+    forward, in training
+        mean, M2, n   = moments(x)                   # (C,), (C,), ()    M2 = sum((x - mean)**2)
+        mean, M2, n   = all_reduce(mean, M2, n)      # merged [1]: the same bits on all devices
+        invstd        = 1 / sqrt(M2 / n + epsilon)   # (C,)         of the biased variance
+        y             = gamma * (x - mean) * invstd + beta               # (N, C, *)
+        moving_mean   = momentum * moving_mean + (1 - momentum) * mean   # (C,)
+        moving_var    = momentum * moving_var + (1 - momentum) * M2 / n  # (C,)
+
+    backward [2]
+        s, t          = sum(dy), sum(dy * (x - mean))    # (C,), (C,)
+        dbeta, dgamma = s, t * invstd                    # (C,), (C,)   of this shard alone
+        s, t          = all_reduce(s, t)
+        dx            = gamma * invstd * (dy - s / n - (x - mean) * invstd**2 * t / n)
+
+    inference
+        y             = gamma * (x - moving_mean) / sqrt(moving_var + epsilon) + beta
+
+``moments`` and the last line of backward are ``_syncbn_moments``, the all-reduces ``_syncbn_sum``,
+the rest ``_syncbn_normalize``; a layer without all-reduce is one operator, ``_syncbn_batch_norm``.
+Sums are in float64 whatever the dtype of x.
+
+.. [1] Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+   Variances", 1979.
+.. [2] Ioffe and Szegedy, "Batch Normalization", https://arxiv.org/abs/1502.03167, section 3.
+"""
+
+from __future__ import annotations
 
 import operator
 import threading
 import weakref
-from collections import Counter
+from typing import Any
 
 from mxnet import autograd
 from mxnet.gluon import nn
+from mxnet.initializer import Initializer
 from mxnet.ndarray import NDArray
 
-from .chain import alone, together
+from .keys import KEYS
+from .mxnet_private import settings
 from .numpy_arrays import either_kind
+from .operators import local_batch_norm, synchronized_batch_norm
 from .passes import Exchange, begin
-from .traced_calls import next_call
 
-# No two layers of a process ever meet under one key, not even one after the other.
-_keys = weakref.WeakKeyDictionary()  # layer -> its key
-_layers_named = Counter()
-_lock = threading.RLock()
+_keys: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # layer -> its key
+_lock = threading.Lock()
 
 
-def unique_key(name):
-    """A key that no layer of this process has had, by a layer's name."""
-    with _lock:
-        _layers_named[name] += 1
-        count = _layers_named[name]
-        return name if count == 1 else f"{name}#{count}"
-
-
-def checked_num_devices(num_devices):
-    """None or a positive integer; raises ValueError for all else."""
+def checked_num_devices(num_devices: Any) -> int | None:
+    """Return None or a positive integer; raise ValueError for anything else."""
     if num_devices is None:
         return None
     try:
@@ -47,73 +69,75 @@ def checked_num_devices(num_devices):
 class SyncBatchNorm(nn.BatchNorm):
     """Batch normalization with statistics over all devices.
 
-    Ordinary batch normalization sees one device's share of the batch; this one normalizes over the
-    whole batch [1]_, [2]_: ``out = gamma * (data - mean) / sqrt(var + epsilon) + beta``, with the
-    mean and the biased variance of each channel over all devices.  It takes the place of
-    :class:`mxnet.gluon.nn.BatchNorm`: parameter names are the same, so checkpoints go both ways.
-    Uneven shares are exact, since every element counts the same.  Outside of
-    training it uses its moving statistics and waits for nobody.
+    Computes [1]_, for each channel, over the whole batch of all devices [2]_,
 
-    A share without elements (under :func:`mxnet.util.np_shape`) adds nothing; where no device has
-    any, the moving statistics stay.  One value per channel over all devices is taken in training,
-    as nn.BatchNorm takes it: its variance is 0, so the result is ``beta`` and the gradient 0.
-    (PyTorch raises.  But a program with nn.BatchNorm must not break, and how many values all
-    devices have is known only after the call has returned.)
+    .. math:: y = \\frac{x - \\mathrm{E}[x]}{\\sqrt{\\mathrm{Var}[x] + \\epsilon}} \\gamma + \\beta
+
+    with the biased variance.  It is a drop-in replacement for :class:`mxnet.gluon.nn.BatchNorm`
+    with the same parameter names, so checkpoints load in both directions.  Every element counts the
+    same, so shards of unequal size give exact results.  Inference uses the moving statistics and
+    does not communicate.
 
     Parameters
     ----------
     in_channels : int, default 0
-        Number of channels.  0: taken from the first input.
+        Number of channels C.  0: inferred from the first input.
     num_devices : int or None, default None
-        How many devices take part.  None: what :class:`ModelDataParallel` says; outside of one,
-        the number of visible GPUs, or 1, with a warning if the layer is on several devices.
+        Number of devices that take part.  None: determined by :class:`ModelDataParallel`; without
+        one, the number of visible GPUs, or 1, with a warning if the layer is on several devices.
     momentum : float or None, default 0.9
-        How much the moving statistics keep: ``moving = moving * momentum + batch * (1 -
-        momentum)``.  None: they are the average over all batches so far, as in PyTorch; the layer
-        then has one more parameter, ``num_batches_tracked``, of shape (1,).  The moving variance is
-        the biased one, as in MXNet.
+        ``moving = momentum * moving + (1 - momentum) * batch``.  None: moving statistics are the
+        average over all batches so far, as in PyTorch, and the layer has one more parameter,
+        ``num_batches_tracked``, of shape (1,).  The moving variance is the biased one, as in MXNet.
     epsilon : float, default 1e-5
         Added to the variance.
     center : bool, default True
-        Learn ``beta``.
+        Learn ``beta``; otherwise it stays as initialized.
     scale : bool, default True
-        Learn ``gamma``; otherwise it is taken as 1.
+        Learn ``gamma``; otherwise it is 1.
     use_global_stats : bool, default False
-        Normalize by the moving statistics in training, too.
+        Normalize by the moving statistics in training as well.
     beta_initializer, gamma_initializer : str or Initializer, default 'zeros' and 'ones'
     running_mean_initializer, running_variance_initializer : str or Initializer, \
 default 'zeros' and 'ones'
     axis : int, default 1
-        The channel axis; negative from the end, so -1 is channels last.
+        The channel axis; negative values count from the end, so -1 is channels last.
     track_running_stats : bool, default True
-        False, as in PyTorch: inference normalizes by the statistics of its own batch, too, and
-        nothing is moved.  What inference sees of the batch is what is on the device: it waits for
-        nobody.  ``running_mean`` and ``running_var`` are there all the same and stay what they are,
-        so that checkpoints fit whatever the option, and those of ``nn.BatchNorm``, too.
-
-    Inputs
-    ------
-    data : NDArray or Symbol, of mx.nd or of mx.np
-        float16, float32 or float64, of 2 or more dimensions, ``(batch, channels, ...)`` with
-        ``axis=1``.  Parameters are of shape ``(channels,)``, float32, and float64 beside float64
-        data.
-
-    Outputs
-    -------
-    out : NDArray or Symbol
-        As ``data``: its kind, shape and dtype.
+        False, as in PyTorch: inference normalizes by the statistics of its own batch as well, those
+        of the shard on each device, and training moves nothing.  ``running_mean`` and
+        ``running_var`` exist all the same, so that checkpoints fit whatever the option.
+    **kwargs
+        ``prefix`` and ``params``, as for any Block; ``nGPUs``, an older name of ``num_devices``.
 
     Raises
     ------
     ValueError
-        If ``num_devices`` is neither None nor a positive integer, or ``use_global_stats`` meets
-        ``track_running_stats=False``.
-    TypeError
-        From the call, for data of mx.nd under ``mx.npx.set_np()``.
-    mxnet.MXNetError
-        From the call for integer data, an axis out of range or channels that do not match; when
-        the output is read, if another device did not come within the deadline (see
-        :func:`gluon_syncbn.set_timeout`).
+        If ``num_devices`` is neither None nor a positive integer, or ``use_global_stats`` is
+        combined with ``track_running_stats=False``.
+
+    See Also
+    --------
+    ModelDataParallel : runs a network with such layers on several devices.
+    convert_sync_batchnorm : converts the layers of an existing network.
+
+    Notes
+    -----
+    **Call.** ``layer(data)`` returns an array of the kind, shape and dtype of ``data``:
+
+    - *data*, NDArray or Symbol of ``mx.nd`` or ``mx.np``, of shape ``(N, C, *)`` with ``axis=1``: 2
+      or more dimensions; float16, float32 or float64.
+    - Parameters have shape ``(C,)`` and dtype float32, or float64 for float64 data.
+    - *TypeError*: for ``mx.nd`` data under ``mx.npx.set_np()``.
+    - *mxnet.MXNetError*: from the call, for integer data, an ``axis`` out of range or a number of
+      channels that does not fit; when the output is read, if another device has not arrived by the
+      deadline (:func:`set_timeout`).
+
+    **Edge cases.** A shard without elements (under :func:`mxnet.util.np_shape`) contributes
+    nothing; if no device has any, the moving statistics do not change.  One value per channel over
+    all devices is accepted in training, as by ``nn.BatchNorm``: its variance is 0, so the output is
+    ``beta`` and the gradient 0.  (PyTorch raises an error; but a program that works with
+    ``nn.BatchNorm`` must not break, and the number of values on all devices is known only after the
+    call has returned.)
 
     References
     ----------
@@ -134,7 +158,7 @@ default 'zeros' and 'ones'
     >>> [o[0, 0].asscalar().round(2) for o in out]
     [-1.0, 1.0]
 
-    Statistics that are the average over all batches:
+    Moving statistics that are the average over all batches:
 
     >>> layer = SyncBatchNorm(momentum=None)
     >>> layer.initialize()
@@ -145,27 +169,27 @@ default 'zeros' and 'ones'
     [3.0, 0.0, 3.0]
     """
 
-    num_batches_tracked = None  # a Parameter where momentum=None has it
+    num_batches_tracked = None  # a Parameter if momentum is None
 
     def __init__(
         self,
-        in_channels=0,
-        num_devices=None,
-        momentum=0.9,
-        epsilon=1e-5,
-        center=True,
-        scale=True,
-        use_global_stats=False,
-        beta_initializer="zeros",
-        gamma_initializer="ones",
-        running_mean_initializer="zeros",
-        running_variance_initializer="ones",
-        axis=1,
-        track_running_stats=True,
-        **kwargs,
-    ):
+        in_channels: int = 0,
+        num_devices: int | None = None,
+        momentum: float | None = 0.9,
+        epsilon: float = 1e-5,
+        center: bool = True,
+        scale: bool = True,
+        use_global_stats: bool = False,
+        beta_initializer: str | Initializer = "zeros",
+        gamma_initializer: str | Initializer = "ones",
+        running_mean_initializer: str | Initializer = "zeros",
+        running_variance_initializer: str | Initializer = "ones",
+        axis: int = 1,
+        track_running_stats: bool = True,
+        **kwargs: Any,
+    ) -> None:
         if num_devices is None:
-            num_devices = kwargs.pop("nGPUs", None)  # the original preview's name for it
+            num_devices = kwargs.pop("nGPUs", None)
         num_devices = checked_num_devices(num_devices)
         if use_global_stats and not track_running_stats:
             raise ValueError(
@@ -186,8 +210,9 @@ default 'zeros' and 'ones'
             in_channels=in_channels,
             **kwargs,
         )
-        self._kwargs["num_devices"] = num_devices  # shown by repr()
-        self._kwargs["track_running_stats"] = bool(track_running_stats)
+        settings(self).update(  # shown by repr()
+            num_devices=num_devices, track_running_stats=bool(track_running_stats)
+        )
         if momentum is None and track_running_stats:
             self.num_batches_tracked = self.params.get(
                 "num_batches_tracked",
@@ -198,73 +223,69 @@ default 'zeros' and 'ones'
                 differentiable=False,
             )
 
-    def _alias(self):
-        # Gluon names parameters after this; checkpoints by full names go both ways, too.
+    def _alias(self) -> str:
+        # Gluon names parameters by this; with nn.BatchNorm's, checkpoints by full names fit as
+        # well.
         return "batchnorm"
 
     @property
-    def num_devices(self):
+    def num_devices(self) -> int | None:
         """The number of devices that the layer was given, or None."""
-        return self._kwargs["num_devices"]
+        return settings(self)["num_devices"]
 
     @property
-    def track_running_stats(self):
-        """Whether training moves statistics, by which inference normalizes."""
-        return self._kwargs["track_running_stats"]
+    def track_running_stats(self) -> bool:
+        """Whether training updates moving statistics, by which inference normalizes."""
+        return settings(self)["track_running_stats"]
 
     @property
-    def statistics(self):
-        """The parameters that training moves without a gradient, a tuple."""
+    def statistics(self) -> tuple:
+        """The Parameters that training updates without a gradient, the moving mean first."""
         moved = self.running_mean, self.running_var, self.num_batches_tracked
         return tuple(parameter for parameter in moved if parameter is not None)
 
     @property
-    def key(self):
-        """The name under which the devices meet: the layer's prefix, made unique."""
+    def key(self) -> str:
+        """The key of the layer's all-reduce: its prefix, made unique in this process."""
         with _lock:
             if self not in _keys:
-                _keys[self] = unique_key(self.prefix or self._alias())
+                _keys[self] = KEYS.of_layer(self.prefix or self._alias())
             return _keys[self]
 
     @property
-    def exchange(self):
-        """What the layer takes part in; see ``passes.py``."""
-        alone = self.num_devices == 1 or self._kwargs["use_global_stats"]
-        return Exchange(self.name, self.key, self.num_devices, self.statistics, alone)
+    def exchange(self) -> Exchange:
+        """The layer's all-reduce, as a pass sees it."""
+        local = self.num_devices == 1 or settings(self)["use_global_stats"]
+        return Exchange(self.name, self.key, self.num_devices, self.statistics, local)
 
     @either_kind
     def hybrid_forward(
         self, F, x, gamma, beta, running_mean, running_var, num_batches_tracked=None
     ):
-        options = {k: self._kwargs[k] for k in ("axis", "eps", "momentum", "fix_gamma")}
-        if not self.track_running_stats:
+        """Compose the operators of one call; see the module's first lines."""
+        given = settings(self)
+        options = {k: given[k] for k in ("axis", "eps", "momentum", "fix_gamma")}
+        if not given["track_running_stats"]:
             options["use_batch_stats"] = True
         if options["momentum"] is None:
             del options["momentum"]
             if num_batches_tracked is not None:
                 options.update(cumulative_average=True, num_batches_tracked=num_batches_tracked)
-        own = self._kwargs["use_global_stats"]
-        # A graph learns only when it runs whether it is in training; a call of ours knows now.
-        if own or self.num_devices == 1 or isinstance(x, NDArray) and not autograd.is_training():
-            return alone(F, x, gamma, beta, running_mean, running_var, options, own)
-        if isinstance(x, NDArray):
+        inputs = x, gamma, beta, running_mean, running_var
+        imperative = isinstance(x, NDArray)
+        # A graph learns only when it runs whether that is in training; an imperative call knows
+        # now.
+        inference = imperative and not autograd.is_training()
+        use_global_stats = given["use_global_stats"]
+        if use_global_stats or self.num_devices == 1 or inference:
+            return local_batch_norm(F, *inputs, options, use_global_stats)
+        if imperative:
             begin([self.exchange], x.context)
-        call = 0
-        if not isinstance(x, NDArray):
-            # A graph may run a layer's several uses in any order, so each gets a number.
-            call = next_call(self.key)
-        return together(
-            F,
-            x,
-            gamma,
-            beta,
-            running_mean,
-            running_var,
-            options,
-            self.key,
-            self.num_devices,
-            call,
-        )
+        # A graph may run a layer's several uses in any order, so each has a number.
+        call = 0 if imperative else KEYS.next_call(self.key)
+        return synchronized_batch_norm(F, *inputs, options, self.key, self.num_devices, call)
 
 
+#: The name by which PyTorch-Encoding's users know the layer: ``from gluon_syncbn import
+# BatchNorm``.
 BatchNorm = SyncBatchNorm

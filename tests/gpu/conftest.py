@@ -13,7 +13,8 @@ import pathlib
 import sys
 
 TESTS = pathlib.Path(__file__).resolve().parent.parent
-sys.path += [str(TESTS), str(TESTS.parent / "python")]  # a package that is on the path comes first
+# At the end: a package that is on the path already comes first.
+sys.path += [str(TESTS / "helpers"), str(TESTS.parent / "python")]
 
 
 def pytest_collection_modifyitems(items):

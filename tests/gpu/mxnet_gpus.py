@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from mxnet import autograd
 
-from gluon_syncbn import random_state
+from gluon_syncbn.data_parallel import random_state
 from gluon_syncbn.library import LIBRARY
 
 EMULATED = "EMULATED_GPUS" in os.environ
@@ -26,8 +26,8 @@ def missing():
         return "this MXNet has no CUDA; install mxnet-cu112"
     if not EMULATED and not any(pathlib.Path("/dev").glob("nvidia[0-9]*")):
         return "there is no GPU here (`make emulated` tests without)"
-    if LIBRARY.GluonSyncBNNeedCuda() != 0:
-        return LIBRARY.GluonSyncBNLastError().decode()
+    if LIBRARY.NeedCuda() != 0:
+        return LIBRARY.LastError().decode()
     return ""
 
 

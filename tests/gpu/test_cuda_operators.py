@@ -69,7 +69,7 @@ def arrive(key, round_number, name, num_devices, values):
     """A second participant of the process's own exchange, with moments from the host."""
     done = library.DONE(lambda *_: None)
     numbers = (ctypes.c_double * len(values))(*values)
-    status = LIBRARY.GluonSyncBNBarrierArrive(
+    status = LIBRARY.BarrierArrive(
         None, key.encode(), 0, round_number, 12345, b"gpu", name.encode(), num_devices, 1,
         numbers, len(values), done, None,
     )  # fmt: skip

@@ -13,6 +13,7 @@ import zipfile
 import pytest
 
 from gluon_syncbn import compatibility, version
+from paths import PACKAGE, ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -30,23 +31,22 @@ def unpacked(wheel, folder):
         return {name for name in archive.namelist() if not name.endswith("/")}
 
 
-def test_the_source_distribution_is_the_checkout(root, distributions):
-    if not (root / ".git").exists():
+def test_the_source_distribution_is_the_checkout(distributions):
+    if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     with tarfile.open(distributions / f"{NAME}.tar.gz") as archive:
         packed = {m.name.split("/", 1)[1] for m in archive.getmembers() if m.isfile()}
     packed = {name for name in packed if ".egg-info/" not in name} - GENERATED
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
-    kept = {name for name in listed.splitlines() if (root / name).exists()} - LEFT_OUT
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    kept = {name for name in listed.splitlines() if (ROOT / name).exists()} - LEFT_OUT
     assert packed == kept, f"packed only: {packed - kept}; in the checkout only: {kept - packed}"
 
 
-def test_the_wheel_has_the_package_alone(root, wheel, tmp_path):
+def test_the_wheel_has_the_package_alone(wheel, tmp_path):
     """Both libraries where nvcc is; no sources of theirs, and no other library."""
     names = unpacked(wheel, tmp_path)
-    package = root / "python" / "gluon_syncbn"
-    wanted = {f"gluon_syncbn/{path.relative_to(package)}" for path in package.rglob("*.py")}
+    wanted = {f"gluon_syncbn/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.py")}
     wanted |= {"gluon_syncbn/py.typed", "gluon_syncbn/libgluon_syncbn.so"}
     if shutil.which("nvcc"):
         wanted.add("gluon_syncbn/libgluon_syncbn_cuda.so")

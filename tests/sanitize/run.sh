@@ -41,8 +41,10 @@ stress "AddressSanitizer and UndefinedBehaviorSanitizer" address,undefined
 
 echo "== AddressSanitizer inside MXNet"
 package=$out/python/gluon_syncbn
-mkdir -p $package
-cp python/gluon_syncbn/*.py $package/
+mkdir -p "$(dirname $package)"
+rm -rf $package
+cp -r python/gluon_syncbn $package
+rm -f $package/*.so
 cmake -S . -B $out/mxnet -G Ninja -DMXNET_DIR="$mxnet" -DGLUON_SYNCBN_CUDA=OFF \
   -DGLUON_SYNCBN_LIBRARY_DIR="$PWD/$package" -DCMAKE_BUILD_TYPE=RelWithDebInfo \
   -DCMAKE_CXX_FLAGS="-fsanitize=address" >/dev/null
@@ -50,5 +52,5 @@ cmake --build $out/mxnet --target gluon_syncbn
 # MXNet and Python leak by design.  The C++ library comes along because MXNet throws through it.
 PYTHONPATH="$PWD/$out/python" LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 PYTHONMALLOC=malloc \
-  "$python" -m pytest -q -p no:cacheprovider tests/test_key_barrier.py tests/test_passes.py \
-  tests/test_in_place.py tests/test_sync_batch_norm.py
+  "$python" -m pytest -q -p no:cacheprovider tests/operator/exchange/test_key_barrier.py \
+  tests/test_passes.py tests/operator/adapter/test_in_place.py tests/test_sync_batch_norm.py

@@ -1,0 +1,263 @@
+"""Networks and symbols that exist already: their batch normalization made synchronized, and back.
+
+A layer is converted where it is, by giving it another class.  So whatever refers to it keeps
+referring to it: containers, attributes, a second place that shares it, a Trainer that has its
+parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mxnet.gluon import Block, SymbolBlock, contrib, nn
+from mxnet.symbol import Symbol
+
+from ..mxnet_private import graph_of, is_batch_norm, settings
+from ..networks import (
+    blocks_of,
+    forget_traces,
+    instances_in,
+    mark_changed,
+    set_graph,
+    unwrap,
+)
+from ..sync_batch_norm import SyncBatchNorm, checked_num_devices
+from .graph import Graph
+from .rewriting import (
+    NO_AVERAGE,
+    NO_BATCH_STATISTICS,
+    ConversionError,
+    make_plain,
+    synchronize,
+)
+
+
+def _graphs_of(blocks, convert):
+    """Edited graphs of the SymbolBlocks in which there was something to do."""
+    found = []
+    for block in blocks:
+        if isinstance(block, SymbolBlock):
+            graph = Graph(graph_of(block))
+            try:
+                if convert(graph):
+                    found.append((block, graph))
+            except ConversionError as error:
+                raise ConversionError(f"in {block.name}: {error}") from None
+    return found
+
+
+def _apply(net, layers, graphs, change):
+    for layer in layers:
+        change(layer)
+        mark_changed(layer)
+    for block, graph in graphs:
+        set_graph(block, graph.symbol())
+    forget_traces(net)
+
+
+def _check_registered(blocks):
+    """Gluon does not know of blocks in a list of the network's own, so neither can we."""
+    known = {id(block) for block in blocks}
+    for block in blocks:
+        for name, value in vars(block).items():
+            if name.startswith("_") or not isinstance(value, (list, tuple, dict)):
+                continue
+            for held in instances_in(value, Block):
+                if id(held) not in known and any(map(is_batch_norm, blocks_of(held))):
+                    raise ConversionError(
+                        f"{block.name}.{name} holds {held.name}, which Gluon does not know of; "
+                        f"register it: self.register_child(...) in {type(block).__name__}.__init__"
+                    )
+
+
+def convert_sync_batchnorm(net: Any, num_devices: int | None = None) -> Any:
+    """Make all batch normalization of a network synchronized.
+
+    Every :class:`mxnet.gluon.nn.BatchNorm` and :class:`mxnet.gluon.contrib.nn.SyncBatchNorm`, at
+    any depth, becomes a :class:`SyncBatchNorm`, and so does every ``BatchNorm`` in the graph of a
+    :class:`mxnet.gluon.SymbolBlock`.  Settings, names, parameters and what they are initialized
+    with or hold are kept, so checkpoints go both ways.  It makes no difference whether the network
+    has been initialized, hybridized or run.  (Where ``net`` is only a part of a network that is
+    hybridized and has run, :class:`ModelDataParallel` notices; if you call that network yourself,
+    ``hybridize()`` it again.)  An ``F.BatchNorm`` that a block calls itself is not found.
+
+    Parameters
+    ----------
+    net : Block or ModelDataParallel
+        Changed in place.  Layers that are ours already are left as they are; to give them another
+        number of devices, :func:`revert_batchnorm` first.
+    num_devices : int or None, default None
+        As for :class:`SyncBatchNorm`.
+
+    Returns
+    -------
+    Block
+        ``net``.
+
+    Raises
+    ------
+    TypeError
+        If ``net`` is no Block.  (For a Symbol there is :func:`convert_symbol`.)
+    ConversionError
+        A ValueError: if a layer is batch normalization of another kind, or in a list that Gluon
+        does not know of, which it names.  Nothing has been converted then.
+
+    Examples
+    --------
+    >>> from mxnet.gluon.model_zoo import vision
+    >>> from gluon_syncbn import convert_sync_batchnorm
+    >>> net = convert_sync_batchnorm(vision.resnet18_v1(), num_devices=2)
+    >>> type(net.features[1]).__name__
+    'SyncBatchNorm'
+    """
+    if isinstance(net, Symbol):
+        raise TypeError("net is a Symbol; use gluon_syncbn.convert_symbol")
+    blocks = _blocks_of(net)
+    num_devices = checked_num_devices(num_devices)
+    _check_registered(blocks)
+    layers = []
+    for block in blocks:
+        if type(block) in (nn.BatchNorm, contrib.nn.SyncBatchNorm):
+            layers.append(block)
+        elif is_batch_norm(block) and not isinstance(block, SyncBatchNorm):
+            raise ConversionError(
+                f"{block.name} is a {type(block).__module__}.{type(block).__name__}, which is not "
+                "known to do what nn.BatchNorm does; put nn.BatchNorm (and, for BatchNormReLU, "
+                "nn.Activation('relu')) in its place"
+            )
+    graphs = _graphs_of(blocks, lambda graph: synchronize(graph, num_devices))
+
+    def change(layer):
+        layer.__class__ = SyncBatchNorm
+        _forget_mxnets(layer)
+        settings(layer).update(num_devices=num_devices, track_running_stats=True)
+
+    _apply(blocks[0], layers, graphs, change)
+    return net
+
+
+def revert_batchnorm(net: Any) -> Any:
+    """Make all synchronized batch normalization of a network plain.
+
+    The way back from :func:`convert_sync_batchnorm`: every :class:`SyncBatchNorm` (and MXNet's)
+    becomes an :class:`mxnet.gluon.nn.BatchNorm`, with all that it has; graphs likewise.
+
+    Parameters
+    ----------
+    net : Block, ModelDataParallel or Symbol
+        A network is changed in place.
+
+    Returns
+    -------
+    Block or Symbol
+        The Block, or a new Symbol.
+
+    Raises
+    ------
+    TypeError
+        If ``net`` is neither.
+    ConversionError
+        A ValueError: if a layer is of a class derived from ours or does what MXNet's cannot
+        (``momentum=None``, ``track_running_stats=False``), or a graph has an exchange that is no
+        batch normalization.  Nothing has been converted then.
+
+    Examples
+    --------
+    >>> from gluon_syncbn import SyncBatchNorm, revert_batchnorm
+    >>> revert_batchnorm(SyncBatchNorm(epsilon=1e-3, prefix="bn_"))
+    BatchNorm(axis=1, eps=0.001, momentum=0.9, fix_gamma=False, use_global_stats=False, \
+in_channels=None)
+    """
+    if isinstance(net, Symbol):
+        graph = Graph(net)
+        make_plain(graph)
+        return graph.symbol()
+    blocks = _blocks_of(net)
+    kinds = SyncBatchNorm, contrib.nn.SyncBatchNorm
+    layers = [block for block in blocks if isinstance(block, kinds)]
+    for layer in layers:
+        if type(layer) not in kinds:
+            raise ConversionError(
+                f"{layer.name} is a {type(layer).__name__}, which is not known to do what "
+                "SyncBatchNorm does; put SyncBatchNorm in its place"
+            )
+        missing = type(layer) is SyncBatchNorm and _missing_in_mxnets(layer)
+        if missing:
+            raise ConversionError(f"{layer.name} cannot be converted: {missing}")
+    graphs = _graphs_of(blocks, make_plain)
+
+    def change(layer):
+        if type(layer) is SyncBatchNorm:
+            del settings(layer)["num_devices"], settings(layer)["track_running_stats"]
+        layer.__class__ = nn.BatchNorm
+        _forget_mxnets(layer)
+
+    _apply(blocks[0], layers, graphs, change)
+    return net
+
+
+def _missing_in_mxnets(layer):
+    """What the layer does that MXNet's cannot, and what to do then; or None."""
+    if not layer.track_running_stats:
+        return NO_BATCH_STATISTICS
+    return NO_AVERAGE if settings(layer)["momentum"] is None else None
+
+
+def _forget_mxnets(layer):
+    """Make the settings of MXNet's SyncBatchNorm those of its BatchNorm."""
+    settings(layer).setdefault("axis", 1)  # it has no other
+    for name in ("ndev", "key"):
+        settings(layer).pop(name, None)
+
+
+def _blocks_of(net):
+    net = unwrap(net)
+    if not isinstance(net, Block):
+        raise TypeError(f"net must be a Gluon Block, but is a {type(net).__name__}")
+    return blocks_of(net)
+
+
+def convert_symbol(sym: Symbol, num_devices: int | None = None) -> Symbol:
+    """Make all batch normalization of a symbol synchronized.
+
+    Every ``BatchNorm`` (and ``BatchNorm_v1``, and MXNet's ``_contrib_SyncBatchNorm``) becomes ours.
+    Names of arguments, auxiliary states and outputs are kept, so parameters that fit before fit
+    afterwards.
+
+    Parameters
+    ----------
+    sym : Symbol
+        For example from ``mx.sym.load`` or ``mx.model.load_checkpoint``; it is not changed.
+        Layers that are ours already are left as they are.
+    num_devices : int or None, default None
+        How many devices take part.  For :class:`mxnet.mod.Module`, the number of its contexts;
+        None is what :class:`ModelDataParallel` says, and without one the number of visible GPUs,
+        or 1: in a Module, every CPU context by itself.
+
+    Returns
+    -------
+    Symbol
+
+    Raises
+    ------
+    TypeError
+        If ``sym`` is no Symbol.
+    ConversionError
+        A ValueError: if a node cannot be converted, which it names.
+
+    Examples
+    --------
+    >>> import mxnet as mx
+    >>> from gluon_syncbn import convert_symbol
+    >>> plain = mx.sym.BatchNorm(mx.sym.var("data"), name="bn")
+    >>> convert_symbol(plain, num_devices=2).list_outputs()
+    ['bn_output']
+    """
+    if not isinstance(sym, Symbol):
+        raise TypeError(
+            f"sym must be a Symbol, but is a {type(sym).__name__}; "
+            "for a Block use gluon_syncbn.convert_sync_batchnorm"
+        )
+    graph = Graph(sym)
+    synchronize(graph, checked_num_devices(num_devices))
+    return graph.symbol()

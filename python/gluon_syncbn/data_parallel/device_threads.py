@@ -1,0 +1,253 @@
+"""One persistent thread a device.
+
+MXNet's temporary space and random state belong to the thread that pushes an operator.  Pushed from
+one thread, a device's later layers can hold the space that another's earlier layers wait for: with
+layers that wait for each other, a deadlock.  And what a thread once had is never given back, so
+threads are kept.  docs/architecture.md has the whole story.
+"""
+
+import os
+import queue
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import mxnet as mx
+from mxnet import autograd, context
+from mxnet.util import is_np_array, is_np_shape, np_array, np_shape
+
+from .. import passes
+from . import random_state
+
+
+class _Threads:
+    """The threads, and the locks around them; a forked child begins with none of either."""
+
+    def __init__(self):
+        self.order = threading.RLock()  # all callers reach the devices in one order
+        self.gluon = threading.RLock()  # what is not safe in several threads at once
+        self._executors = {}  # Context -> an executor of one thread
+
+    def submit(self, device, function, *arguments):
+        if device not in self._executors:
+            name = f"gluon_syncbn-{device}"
+            self._executors[device] = ThreadPoolExecutor(1, thread_name_prefix=name)
+        return self._executors[device].submit(function, *arguments)
+
+
+_threads = _Threads()
+_device_thread = threading.local()
+
+
+def forget_threads_after_fork():
+    """Let every forked child begin anew: it has no threads, and nothing there opens locks."""
+
+    def forget():
+        global _threads
+        _threads = _Threads()
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=forget)
+
+
+class _State:
+    """MXNet's modes of a thread, for another thread to run something as if it were there."""
+
+    def __init__(self):
+        self._modes = autograd.is_recording(), autograd.is_training()
+        self._context = context.current_context()
+        self._numpy = is_np_shape(), is_np_array()  # mx.npx.set_np
+
+    def run(self, function):
+        before = autograd.is_recording(), autograd.is_training()
+        self._set(*self._modes)
+        try:
+            with np_shape(self._numpy[0]), np_array(self._numpy[1]), self._context:
+                return function()
+        finally:
+            self._set(*before)
+
+    @staticmethod
+    def _set(recording, training):
+        autograd.set_recording(recording)
+        autograd.set_training(training)
+
+
+class _Request:
+    """Something that a device's thread wants done in its caller's thread."""
+
+    def __init__(self, function):
+        self._function, self._state = function, _State()
+        self._done = threading.Event()
+        self._result = self._error = None
+
+    def serve(self):
+        try:
+            with _threads.gluon:
+                self._result = self._state.run(self._function)
+        except BaseException as error:
+            self.refuse(error)
+            if not isinstance(error, Exception):
+                raise  # Ctrl-C is the caller's
+        self._done.set()
+
+    def refuse(self, error):
+        self._error = error
+        self._done.set()
+
+    def result(self):
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+def in_callers_thread(function):
+    """Run a function alone among those of Gluon that are not safe in several threads.
+
+    Called in a device's thread, it runs the function in the thread that called ``run``, which waits
+    for the devices; called in any other, right there.
+    """
+    events = getattr(_device_thread, "events", None)
+    if events is None:
+        with _threads.gluon:
+            return function()
+    request = _Request(function)
+    events.put(request)
+    return request.result()
+
+
+def wait_for_all():
+    """Wait for everything that MXNet has pending, and raise the first error in it.
+
+    Waiting clears the errors, and the arrays that should have been written hold nothing.  So the
+    error must not be dropped.
+    """
+    mx.nd.waitall()
+
+
+class _Run:
+    """One function per device, each in its device's thread; see :func:`run`."""
+
+    def __init__(self):
+        self._events = queue.SimpleQueue()  # requests, and futures that are done
+        self._futures = []
+        self._pending = 0
+
+    def submit(self, tasks, a_pass):
+        state = _State()
+        with _threads.order:  # or two callers could each wait for a thread that the other has
+            for device, function in tasks:
+                future = _threads.submit(
+                    device, self._in_device_thread, device, state, function, a_pass
+                )
+                self._pending += 1
+                self._futures.append(future)
+                future.add_done_callback(self._events.put)
+
+    def _in_device_thread(self, device, state, function, a_pass):
+        random_state.follow(device)
+        _device_thread.events = self._events
+        try:
+            with passes.running(a_pass):
+                return state.run(lambda: _on(device, function))
+        finally:
+            _device_thread.events = None
+
+    def first_error(self):
+        """Serve the devices until all are done, or one has failed; return its exception."""
+        while self._pending:
+            event = self._events.get()
+            if isinstance(event, _Request):
+                event.serve()
+                continue
+            self._pending -= 1
+            if event.exception() is not None:
+                return event.exception()
+        return None
+
+    def give_up(self, error):
+        """Let the other devices end."""
+        while self._pending:
+            event = self._events.get()
+            if isinstance(event, _Request):
+                event.refuse(error)
+            else:
+                self._pending -= 1
+
+    def where(self, error):
+        """The number of the task that raised."""
+        return next((i for i, f in enumerate(self._futures) if _raised(f, error)), None)
+
+    def results(self):
+        return [future.result() for future in self._futures]
+
+
+def _on(device, function):
+    with device:
+        return function()
+
+
+def _raised(future, error):
+    return future.done() and future.exception() is error
+
+
+def run_on(device, function):
+    """Run a function in a device's thread, and give its result or raise what it raises.
+
+    In the caller's modes.  From a device's thread it runs right there: two that waited for each
+    other would do so for ever.
+    """
+    if random_state.is_device_thread():
+        return function()
+    this_run = _Run()
+    this_run.submit([(device, function)], passes.current())
+    error = this_run.first_error()
+    if error is not None:
+        raise error
+    return this_run.results()[0]
+
+
+def run(tasks, a_pass=None, fail=None):
+    """Run one function per device, each in its device's thread, and give their results.
+
+    The functions run in the caller's modes.  If one raises, nobody may wait for its device any
+    more: ``fail`` says so to the exchange.  Then everything pending is let run out, and its
+    exception is raised here; after that everything works as before.
+
+    Parameters
+    ----------
+    tasks : list of (Context, callable)
+    a_pass : Pass, optional
+        What they are parts of.
+    fail : callable, optional
+        Called with the reason; by default the pass's ``fail``.
+
+    Returns
+    -------
+    list
+        In the order of ``tasks``.
+    """
+    if random_state.is_device_thread():
+        raise RuntimeError(
+            "a device's thread cannot run all devices: it would wait for itself; call "
+            "ModelDataParallel and parallel_backward from outside of networks"
+        )
+    this_run = _Run()
+    try:
+        this_run.submit(tasks, a_pass)
+        error = this_run.first_error()
+    except BaseException as interruption:  # Ctrl-C while the devices run
+        error = interruption
+    if error is None:
+        return this_run.results()
+    number = this_run.where(error)
+    why = "the call was interrupted."
+    if number is not None:
+        why = f"{tasks[number][0]} raised {type(error).__name__}."
+    (fail or a_pass.fail)(why)
+    this_run.give_up(error)
+    try:
+        wait_for_all()
+    except mx.MXNetError:
+        pass  # what `error` brought about
+    raise error

@@ -1,0 +1,72 @@
+"""Which all-reduces a network takes part in: its layers of ours, and those in its graphs."""
+
+import weakref
+
+from mxnet.gluon import SymbolBlock
+
+from ..conversion.graph import Graph
+from ..conversion.rewriting import EXCHANGES
+from ..keys import KEYS
+from ..mxnet_private import graph_of
+from ..networks import blocks_of, set_graph
+from ..passes import Exchange
+from ..sync_batch_norm import SyncBatchNorm
+
+_adopted: weakref.WeakSet = weakref.WeakSet()  # SymbolBlocks whose keys no other copy has
+# SymbolBlock -> (its graph, the all-reduces in it)
+_read: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def adopt_graphs(net):
+    """Give the all-reduces of loaded graphs keys that no other copy of their file has.
+
+    Without that, two networks from one file would sum each other's statistics.
+    """
+    for block in blocks_of(net):
+        if not isinstance(block, SymbolBlock) or block in _adopted:
+            continue
+        graph = Graph(graph_of(block))
+        nodes = [node for node in graph.nodes if node.op in EXCHANGES]
+        for node, key in zip(nodes, KEYS.of_graph(node.attrs["key"] for node in nodes)):
+            node.attrs["key"] = key
+        if nodes:
+            set_graph(block, graph.symbol())
+        _adopted.add(block)
+
+
+def _read_graph(block):
+    """List the all-reduces of a loaded graph, and its layers without one."""
+    graph = Graph(graph_of(block))
+
+    def statistics_of(node, first):
+        return tuple(block.params[source.name] for source, _ in node.inputs[first:])
+
+    statistics = {
+        node.inputs[5][0].name: statistics_of(node, 5)
+        for node in graph.nodes
+        if node.op == "_syncbn_normalize"
+    }
+    found = []
+    for node in graph.nodes:
+        if node.op == "_syncbn_batch_norm":
+            count = None if node.flag("use_global_stats", False) else 1
+            found.append(Exchange(node.name, node.name, count, statistics_of(node, 3), True))
+        elif node.op in EXCHANGES:
+            moved = statistics[node.inputs[1][0].name] if node.op == "_syncbn_sum" else ()
+            count = int(node.attrs.get("num_devices", 0)) or None
+            found.append(Exchange(node.name, node.attrs["key"], count, moved, False))
+    return found
+
+
+def exchanges_of(net):
+    """List the all-reduces of a block and of everything below it, shared layers once."""
+    found = []
+    for block in blocks_of(net):
+        if isinstance(block, SyncBatchNorm):
+            found.append(block.exchange)
+        elif isinstance(block, SymbolBlock):
+            graph = graph_of(block)
+            if block not in _read or _read[block][0] is not graph:
+                _read[block] = graph, _read_graph(block)
+            found.extend(_read[block][1])
+    return found

@@ -1,0 +1,152 @@
+"""Executors: symbols with our operators, bound by Module or by a program of your own.
+
+Two things about how MXNet makes and runs an executor do not suit layers whose devices wait for each
+other and which move their statistics in the forward pass.  This file knows them both, and that part
+of MXNet's Python; symbols without our operators go through it as they are.
+
+Mirroring.  ``MXNET_BACKWARD_DO_MIRROR`` makes the backward pass compute most operators again
+instead of keeping their outputs (``need_mirror`` in MXNet's ``src/executor/graph_executor.cc``).
+Ours would move their statistics, and meet the other devices, twice a step.  Which operators are
+excepted is fixed there, but any can be asked for, by the attribute ``__force_mirroring__``.  So the
+variable is 0 while a symbol of ours is bound, and what it would have asked for has the attribute.
+(The convolutions before and the activations after our layers are what they were.)
+
+Threads.  An executor holds the random state and the temporary space of the thread that binds it,
+and a monitor takes those of the thread that runs it.  Of the CPU contexts all have the same within
+a thread, so one's later layers would hold what another's earlier layers wait for.  So where devices
+meet, each executor on a CPU is bound and run in its device's own thread (see device_threads.py).
+
+Order.  An executor does not tell the engine that it writes auxiliary states, and keeps one flag for
+all its runs that says whether it trains.  So after a training pass a fence lets everybody who uses
+the statistics wait for it, and a pass of the other kind waits for the one before.
+"""
+
+import contextlib
+import functools
+import os
+import threading
+
+from mxnet.executor import Executor
+from mxnet.symbol import Symbol
+
+from ..conversion.graph import Graph
+from ..conversion.rewriting import EXCHANGES
+from ..data_parallel import device_threads, random_state
+from ..library import LIBRARY, OPERATORS, check
+from ..passes import handles
+
+MIRROR_VARIABLE = "MXNET_BACKWARD_DO_MIRROR"
+_FORCE = "__force_mirroring__"
+# Excepted by MXNet; Dropout even from the attribute.  A Custom operator takes no such attribute.
+_NEVER_MIRRORED = ("Convolution", "FullyConnected", "Concat", "SoftmaxOutput", "Dropout", "Custom")
+
+_lock = threading.Lock()
+
+
+def _mirrors():
+    with _lock:
+        return os.environ.get(MIRROR_VARIABLE, "0") not in ("", "0")
+
+
+@contextlib.contextmanager
+def _mirroring_off():
+    """Set the variable to 0; where another thread binds another symbol, it does without mirrors."""
+    with _lock:
+        value = os.environ.get(MIRROR_VARIABLE)
+        if value is None:
+            yield
+            return
+        # Never deleted: replacing a value is safe beside MXNet's threads, which may be reading.
+        os.environ[MIRROR_VARIABLE] = "0"
+        try:
+            yield
+        finally:
+            os.environ[MIRROR_VARIABLE] = value
+
+
+def _operators(node):
+    return {node.op, *(inner.op for inner in node.inside())}
+
+
+def _compute_once(graph):
+    """Ask for what MXNet would mirror, less our operators; say whether the graph changed."""
+    everything = changed = _mirrors()
+    for node in graph.nodes:
+        if _operators(node) & OPERATORS.keys():
+            changed |= node.attrs.pop(_FORCE, None) is not None
+        elif everything and not node.is_variable and node.op not in _NEVER_MIRRORED:
+            node.attrs[_FORCE] = "True"
+    return changed
+
+
+def _meets_others(graph):
+    return any(
+        inner.op in EXCHANGES and inner.attrs.get("num_devices") != "1"
+        for node in graph.nodes
+        for inner in (node, *node.inside())
+    )
+
+
+class _Executor(Executor):
+    """An executor of a symbol with our operators; made of one that MXNet has bound."""
+
+    _run = None  # runs a function: right here, or in the device's thread
+    _training = None  # the last forward
+
+    def forward(self, is_train=False, **kwargs):
+        training = bool(is_train)
+        if self._training not in (None, training):
+            for output in self.outputs:
+                output.wait_to_read()
+        self._training = training
+        outputs = self._run(lambda: Executor.forward(self, is_train, **kwargs))
+        if training:
+            check(LIBRARY.Fence(*handles(outputs), *handles(self.aux_arrays)))
+        return outputs
+
+    def backward(self, out_grads=None, is_train=True):
+        return self._run(lambda: Executor.backward(self, out_grads, is_train))
+
+    def reshape(self, partial_shaping=False, allow_up_sizing=False, **kwargs):
+        def bind():
+            with _mirroring_off():
+                return Executor.reshape(self, partial_shaping, allow_up_sizing, **kwargs)
+
+        return _adopt(self._run(bind), self._run)
+
+
+def _adopt(executor, run):
+    executor.__class__ = _Executor
+    executor._run = run
+    return executor
+
+
+def _here(function):
+    return function()
+
+
+def _adapted(bind):
+    @functools.wraps(bind)
+    def bind_ours(self, ctx, *args, **kwargs):
+        content = self.tojson(remove_amp_cast=False)
+        if not any(f'"{name}"' in content for name in OPERATORS):
+            return bind(self, ctx, *args, **kwargs)
+        graph = Graph(self)
+        run = _here
+        if ctx.device_type != "gpu" and _meets_others(graph):
+            random_state.begin()
+            run = functools.partial(device_threads.run_on, ctx)
+        symbol = graph.symbol() if _compute_once(graph) else self
+
+        def bind_it():
+            with _mirroring_off():
+                return bind(symbol, ctx, *args, **kwargs)
+
+        return _adopt(run(bind_it), run)
+
+    return bind_ours
+
+
+def install() -> None:
+    """Make ``Symbol.bind`` and ``Symbol.simple_bind`` fit our operators."""
+    Symbol.bind, Symbol.simple_bind = _adapted(Symbol.bind), _adapted(Symbol.simple_bind)

@@ -1,0 +1,125 @@
+"""This package's part in Gluon's own work, below the call of a network.
+
+Gluon initializes deferred parameters and traces hybridized blocks when they are first called, and
+neither is safe in several threads.  What a device's thread needs of that is done in the thread
+that called ModelDataParallel, as on one device: in the same order, from the same random state.
+
+Before a traced graph runs, the pass is announced to its all-reduces.  After a graph with
+``static_shape`` has run, the engine is told that it wrote statistics: MXNet does not tell it, so
+whoever reads or saves them could come before they are written.
+"""
+
+import copy
+import weakref
+
+from mxnet import autograd, context, ndarray
+
+from .. import mxnet_private, passes
+from ..data_parallel.device_threads import in_callers_thread
+from ..data_parallel.exchanges import exchanges_of
+from ..data_parallel.nested import arrays_in
+from ..library import LIBRARY, check
+from ..networks import changed_since, graph_version
+
+_MXNETS = mxnet_private.gluon_steps()
+
+_traces: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # HybridBlock -> its _Trace
+
+
+class _Trace:
+    """What a block's traced graph needs around each run.
+
+    Parameters
+    ----------
+    block : HybridBlock
+    """
+
+    def __init__(self, block):
+        self.version = graph_version()
+        self.exchanges = exchanges_of(block)
+        self.has_static_shape = mxnet_private.has_static_shape(block)
+        self._runs = {}  # Context -> (whether the last run was in training, what it writes last)
+
+    def before(self, where):
+        """Before a run on a device."""
+        if self.has_static_shape and where in self._runs:
+            # The graph has one flag for all its runs that says whether it trains.
+            training, last = self._runs[where]
+            if training != autograd.is_training():
+                last.wait_to_read()
+        passes.begin(self.exchanges, where)
+
+    def after(self, where, outputs):
+        """After a run on a device, which need not be complete."""
+        if not self.has_static_shape:
+            return
+        last = self._runs[where][1] if where in self._runs else ndarray.zeros(1, ctx=where)
+        statistics = {
+            id(p): p for e in self.exchanges for p in e.statistics if mxnet_private.has_data(p)
+        }
+        written = [last, *(p.data(where) for p in statistics.values())]
+        check(LIBRARY.Fence(*passes.handles(list(arrays_in(outputs))), *passes.handles(written)))
+        self._runs[where] = autograd.is_training(), last
+
+
+def _traced(block, args):
+    """Return what belongs to a block's graph, which is traced first if it has to be."""
+    if block in _traces and mxnet_private.is_traced(block):
+        trace = _traces[block]
+        if trace.version == graph_version():
+            return trace
+        if not changed_since(block, trace.version):
+            trace.version = graph_version()
+            return trace
+    return in_callers_thread(lambda: _trace(block, args))
+
+
+def _trace(block, args):
+    if block in _traces and changed_since(block, _traces[block].version):
+        mxnet_private.forget_trace(block)
+    if not mxnet_private.is_traced(block) or block not in _traces:
+        if not mxnet_private.is_traced(block):
+            mxnet_private.trace(block, *args)
+        _traces[block] = _Trace(block)
+    return _traces[block]
+
+
+def _run_graph(block, *args):
+    trace = _traced(block, args)
+    where = context.current_context()
+    trace.before(where)
+    with passes.ordered_calls():
+        outputs = _MXNETS.run_graph(block, *args)
+    trace.after(where, outputs)
+    return outputs
+
+
+def _build(block, *args, **kwargs):
+    def build():
+        _MXNETS.build_graph(block, *args, **kwargs)
+        _traces[block] = _Trace(block)
+
+    in_callers_thread(build)
+
+
+def _infer_shape(block, *args):
+    in_callers_thread(lambda: _MXNETS.infer_shapes(block, *args))
+
+
+def _initialize(parameter):
+    if mxnet_private.is_deferred(parameter):
+        in_callers_thread(lambda: _initialize_at_once(parameter))
+
+
+def _initialize_at_once(parameter):
+    """Initialize a deferred parameter; other threads see it before or after, not between."""
+    ready = copy.copy(parameter)
+    _MXNETS.initialize(ready)
+    mxnet_private.publish_initialized(parameter, ready)
+
+
+def install() -> None:
+    """Take part from now on."""
+    mxnet_private.set_gluon_steps(
+        mxnet_private.GluonSteps(_build, _run_graph, _infer_shape, _initialize)
+    )

@@ -1,0 +1,72 @@
+"""A layer composed of this package's operators: for arrays (``F`` is mx.nd) and for symbols."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .library import operator
+
+
+def local_batch_norm(
+    F: Any,
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    moving_mean: Any,
+    moving_var: Any,
+    options: dict,
+    use_global_stats: bool,
+    name: str = "fwd",
+) -> Any:
+    """Compose a layer without all-reduce: one operator.
+
+    ``options`` are the operator's: axis, eps, momentum, fix_gamma and what there is beyond.
+    """
+    return operator(F, "_syncbn_batch_norm")(
+        x,
+        gamma,
+        beta,
+        moving_mean,
+        moving_var,
+        use_global_stats=use_global_stats,
+        name=name,
+        **options,
+    )
+
+
+def synchronized_batch_norm(
+    F: Any,
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    moving_mean: Any,
+    moving_var: Any,
+    options: dict,
+    key: str,
+    num_devices: int | None,
+    call: int,
+    names: tuple = ("moments", "sum", "fwd"),
+) -> Any:
+    """Compose a synchronized layer: moments, the all-reduce, normalization.
+
+    ``num_devices`` may be None; ``call`` tells apart a key's uses in a graph.
+    """
+    of_moments = {name: options[name] for name in ("axis", "use_batch_stats") if name in options}
+    data, moments, backward_context = operator(F, "_syncbn_moments")(x, name=names[0], **of_moments)
+    # The sum neither reads nor writes the moving mean.  As an auxiliary state of it, it makes
+    # MXNet's engine keep a layer's calls in order, and a pass is announced by writing it
+    # (BeginPass).
+    total = operator(F, "_syncbn_sum")(
+        moments, moving_mean, key=key, num_devices=num_devices or 0, call=call, name=names[1]
+    )
+    return operator(F, "_syncbn_normalize")(
+        data,
+        total,
+        backward_context,
+        gamma,
+        beta,
+        moving_mean,
+        moving_var,
+        name=names[2],
+        **options,
+    )

@@ -1,0 +1,24 @@
+"""What importing this package does to the process, all of it, in order.
+
+Every module of the package can be imported without effects; its part is a function that is called
+here, once.
+"""
+
+from .data_parallel import device_threads, random_state
+from .hooks import executors, gluon, initial_states, key_barrier_sum, mixed_precision
+from .key_barrier import check_timeout_variable, close_at_exit
+from .library import LIBRARY
+
+
+def start() -> None:
+    """Load the library and take part in MXNet's work from now on."""
+    check_timeout_variable()
+    LIBRARY.load()  # registers the operators with MXNet
+    close_at_exit()
+    random_state.watch_seeds()
+    device_threads.forget_threads_after_fork()
+    key_barrier_sum.install()
+    gluon.install()
+    executors.install()
+    initial_states.install()
+    mixed_precision.list_operators()

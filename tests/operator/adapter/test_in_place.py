@@ -1,0 +1,93 @@
+"""In a graph the feature map and its gradient travel in place: no pass is spent on handing them.
+
+Forward that is so on GPUs and where MKL-DNN is off (operator_util.h says why), so the check runs in
+a process of its own.
+"""
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import mxnet as mx
+from mxnet import autograd
+from mxnet.base import _LIB, NDArrayHandle, check_call
+from mxnet.gluon import nn
+
+from gluon_syncbn import SyncBatchNorm
+from paths import OPERATOR
+
+
+def test_large_pages_are_asked_for_where_there_is_memory(tmp_path):
+    here = os.path.dirname(os.path.abspath(__file__))
+    include = os.path.join(os.path.dirname(mx.__file__), "include")
+    # As CMakeLists.txt has it: MXNet's own definitions, less what needs other headers.
+    off = "MXNET_USE_CUDA MXNET_USE_MKLDNN MSHADOW_USE_CUDA MSHADOW_USE_CBLAS MSHADOW_USE_MKL "
+    off += "MSHADOW_USE_F16C _GLIBCXX_USE_CXX11_ABI"
+    command = [
+        "c++",
+        "-std=c++17",
+        f"-I{OPERATOR}",
+        *(f"-D{name}=0" for name in off.split()),
+        "-isystem",
+        include,
+    ]
+    program = str(tmp_path / "program")
+    subprocess.run([*command, os.path.join(here, "huge_pages.cc"), "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.stdout == "memory\n", done
+
+
+def addresses_in(net, x):
+    """Run forward and backward and return {name of an operator's input or output: address}."""
+    found = {}
+
+    def note(name, operator, handle):
+        array = mx.nd.NDArray(ctypes.cast(handle, NDArrayHandle), writable=False)
+        address = ctypes.c_void_p()
+        check_call(_LIB.MXNDArrayGetData(array.handle, ctypes.byref(address)))
+        found[name if isinstance(name, str) else name.decode()] = address.value
+
+    net.register_op_hook(note, monitor_all=True)
+    with autograd.record():
+        y = net(x)
+    y.backward()
+    mx.nd.waitall()
+    return found
+
+
+def check(forward):
+    net = nn.HybridSequential(prefix="net_")
+    net.add(
+        nn.Dense(6, flatten=False, prefix="before_"),
+        SyncBatchNorm(prefix="bn_"),
+        nn.Dense(3, flatten=False, prefix="after_"),
+    )
+    net.initialize()
+    net.hybridize()
+    x = mx.nd.ones((4, 5))
+    net(x)
+    at = addresses_in(net, x)
+    assert at["bn_moments_output"] == at["bn_fwd_data"]
+    assert (at["bn_moments_data"] == at["bn_moments_output"]) == forward
+    assert at["bn_fwd_output"] != at["bn_fwd_data"]  # backward still reads what came in
+    # dy is the gradient of what is normalized, and becomes dx.
+    dy = at["after_fwd_backward_0"]
+    assert dy == at["bn_fwd_backward_data"] == at["bn_moments_backward_data"]
+
+
+def test_backward_in_place_beside_mkl_dnn():
+    check(forward=False)
+
+
+def test_both_ways_in_place_without_mkl_dnn():
+    environment = {
+        **os.environ,
+        "MXNET_MKLDNN_ENABLED": "0",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    subprocess.run([sys.executable, __file__], check=True, env=environment)
+
+
+if __name__ == "__main__":
+    check(forward=True)
