@@ -1,4 +1,4 @@
-// What benchmarks/ times without MXNet: the four kernels, and the copy that is their floor.
+// What the benchmarks time without MXNet: the four kernels, and a plain copy as their lower bound.
 #include <cstddef>
 #include <cstring>
 #include <vector>
@@ -9,7 +9,7 @@
 
 using namespace gluon_syncbn;
 
-// A plain copy, split over the threads that OpenMP gives.
+// A plain copy by all threads of OpenMP.
 static void PlainCopy(const float* from, float* to, std::size_t count) {
   const long long n = static_cast<long long>(count);
 #pragma omp parallel for simd schedule(static)
@@ -25,28 +25,29 @@ BENCH_API void BenchFloor(std::size_t bytes, const void* x, void* y, const void*
   }
 }
 
-// The four kernels one after the other, in place: x is handed through as itself, and dx becomes dy.
-// `which`: 0 all, or 1 to 4 for one of them.
+// The four kernels one after the other, in place: x is its own copy, and dx overwrites dy.
+// `which`: 0 for all, or 1 to 4 for one of them.
 BENCH_API void BenchKernels(int which, int type, std::size_t outer, std::size_t channels,
                             std::size_t inner, void* x, void* y, void* dy, const void* gamma,
                             const void* beta, void* moving_mean, void* moving_var, void* gamma_grad,
-                            void* beta_grad, double* statistics, double* statistics_grad,
-                            double* coefficients) {
+                            void* beta_grad, double* statistics, double* backward_sums,
+                            double* backward_context) {
   const DataType t = static_cast<DataType>(type);
   const FeatureShape shape{outer, channels, inner};
   const double epsilon = 1e-5, momentum = 0.9;
-  if (which == 0 || which == 1) Run(Cpu(), MomentsForward{t, shape, x, x, true, statistics});
+  if (which == 0 || which == 1) Run(Cpu(), MomentsForwardParams{t, shape, x, x, true, statistics});
   if (which == 0 || which == 2) {
-    Run(Cpu(), NormalizeForward{t, shape, epsilon, momentum, false, x, statistics, gamma, beta,
-                                moving_mean, moving_var, Request::kWrite, y});
+    Run(Cpu(), NormalizeForwardParams{t, shape, epsilon, momentum, false, x, statistics, gamma,
+                                      beta, moving_mean, moving_var, WriteMode::kWrite, y});
   }
   if (which == 0 || which == 3) {
-    Run(Cpu(), NormalizeBackward{t, shape, epsilon, false, dy, x, statistics, gamma, moving_mean,
-                                 moving_var, Request::kWrite, dy, statistics_grad, coefficients,
-                                 Request::kWrite, gamma_grad, Request::kWrite, beta_grad});
+    Run(Cpu(),
+        NormalizeBackwardParams{t, shape, epsilon, false, dy, x, statistics, gamma, moving_mean,
+                                moving_var, dy, backward_sums, backward_context, WriteMode::kWrite,
+                                gamma_grad, WriteMode::kWrite, beta_grad});
   }
   if (which == 0 || which == 4) {
-    Run(Cpu(),
-        MomentsBackward{t, shape, dy, x, statistics_grad, coefficients, Request::kWrite, dy});
+    Run(Cpu(), MomentsBackwardParams{t, shape, dy, x, backward_sums, backward_context,
+                                     WriteMode::kWrite, dy});
   }
 }

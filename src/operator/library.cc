@@ -1,6 +1,6 @@
-// The C functions that Python calls: registration with MXNet, and the process's barrier.
+// The C functions that Python calls: registration with MXNet, the exchange, passes.
 //
-// Every function that can fail returns 0, or -1 with the reason in GluonSyncBNLastError.
+// Every function that can fail returns 0, or -1 and leaves the reason in GluonSyncBNLastError.
 #include <cmath>
 #include <cstdlib>
 #include <exception>
@@ -11,16 +11,16 @@
 
 #include "adapter/cuda_library.h"
 #include "adapter/fork_handlers.h"
-#include "exchange/key_barrier.h"
 #include "adapter/passes.h"
+#include "exchange/key_barrier.h"
 #include "exchange/process_barrier.h"
 
 #define GLUON_SYNCBN_API extern "C" __attribute__((visibility("default")))
 
 namespace mxnet {
 namespace op {
-// Exported by libmxnet.so, declared in no header of its own: makes operators of all registered
-// OperatorProperty classes and passes over those it has made already.
+// Exported by libmxnet.so, but declared in no header: makes operators of all registered
+// OperatorProperty classes, except for those that have one already.
 void RegisterLegacyOpProp();
 }  // namespace op
 }  // namespace mxnet
@@ -32,7 +32,7 @@ namespace {
 double FirstTimeout() {
   const char* value = std::getenv("GLUON_SYNCBN_TIMEOUT");
   const double seconds = value == nullptr ? 0.0 : std::atof(value);
-  return seconds > 0 ? seconds : 120.0;  // Python has refused what is no positive number
+  return seconds > 0 ? seconds : 120.0;  // Python has rejected anything but positive numbers
 }
 
 }  // namespace
@@ -87,12 +87,12 @@ GLUON_SYNCBN_API int GluonSyncBNRegisterOperators() {
   });
 }
 
-// Fails where there is no CUDA side, and says what to do.
+// Fails if there is no CUDA side; the error says what to do.
 GLUON_SYNCBN_API int GluonSyncBNNeedCuda() {
-  return Guarded([] { gluon_syncbn::NeedCudaLibrary(); });
+  return Guarded([] { gluon_syncbn::RequireCudaLibrary(); });
 }
 
-// The functions below take a barrier, or null for the process's own.
+// The following functions take a barrier; null stands for that of the process (process_barrier.h).
 using Barrier = KeyBarrier*;
 
 static KeyBarrier& Get(Barrier barrier) {
@@ -107,12 +107,12 @@ GLUON_SYNCBN_API void GluonSyncBNBarrierFree(Barrier barrier) {
   std::unique_ptr<KeyBarrier>{barrier};
 }
 
-// `merge`: 0 for a sum, 1 for moments; see merge.h.
-// `done(data, total, round, num_devices, error)`: total is null and error is set on failure.
+// See KeyBarrier::Arrive.  On failure `total` is null and `error` is the message.
 using DoneCallback = void (*)(void* data, const double* total, unsigned long long round,
                               int num_devices, const char* error);
 
-// `round`: 0 for a forward exchange, or the round whose backward exchange this is.
+// `round`: 0 for a forward exchange; for a backward exchange, the id of the forward round.
+// `merge`: 0 for a sum, 1 for moments.
 GLUON_SYNCBN_API int GluonSyncBNBarrierArrive(Barrier barrier, const char* key,
                                               unsigned long long pass, unsigned long long round,
                                               unsigned long long participant, const char* kind,
@@ -122,7 +122,7 @@ GLUON_SYNCBN_API int GluonSyncBNBarrierArrive(Barrier barrier, const char* key,
   return Guarded([=] {
     gluon_syncbn::Arrival arrival;
     arrival.key = key;
-    arrival.lane = round != 0 ? round : pass;
+    arrival.phase = round != 0 ? round : pass;
     arrival.backward = round != 0;
     arrival.pass = pass;
     arrival.participant = participant;
@@ -131,9 +131,9 @@ GLUON_SYNCBN_API int GluonSyncBNBarrierArrive(Barrier barrier, const char* key,
     arrival.num_devices = num_devices;
     arrival.merge = static_cast<gluon_syncbn::Merge>(merge);
     arrival.values.assign(values, values + count);
-    Get(barrier).Arrive(std::move(arrival), [done, data](const gluon_syncbn::Outcome& outcome) {
-      done(data, outcome.total == nullptr ? nullptr : outcome.total->data(), outcome.round,
-           outcome.num_devices, outcome.error.c_str());
+    Get(barrier).Arrive(std::move(arrival), [done, data](const gluon_syncbn::Result& result) {
+      done(data, result.total == nullptr ? nullptr : result.total->data(), result.round,
+           result.num_devices, result.error.c_str());
     });
   });
 }
@@ -159,18 +159,18 @@ GLUON_SYNCBN_API double GluonSyncBNBarrierTimeout(Barrier barrier) {
   return Get(barrier).Timeout();
 }
 
-// How many rounds of these keys have failed; null: of all keys.
+// How many rounds of these keys have failed so far; of all keys if `keys` is null.
 GLUON_SYNCBN_API unsigned long long GluonSyncBNBarrierFailures(Barrier barrier,
                                                                const char* const* keys, int count) {
-  if (keys == nullptr) return Get(barrier).Failures("");
+  if (keys == nullptr) return Get(barrier).Failures();
   unsigned long long failures = 0;
   for (const auto& key : Strings(keys, count)) failures += Get(barrier).Failures(key);
   return failures;
 }
 
-// The functions below are of the process's own barrier; arrays are MXNet's NDArrayHandles.
+// The following functions use the barrier of the process; arrays are MXNet's NDArrayHandles.
 
-// See passes.h.
+// See passes.h for these two.
 GLUON_SYNCBN_API int GluonSyncBNBeginPass(const char* const* keys, int count, void* const* order,
                                           int arrays, unsigned long long pass, int expected) {
   return Guarded([=] {
@@ -184,8 +184,8 @@ GLUON_SYNCBN_API int GluonSyncBNFence(void* const* read, int num_read, void* con
       [=] { gluon_syncbn::Fence(ToArrays(read, num_read), ToArrays(written, num_written)); });
 }
 
-// Operators that the calling thread makes until it leaves run in the order in which it makes them,
-// and belong to this pass (0: to none).  Returns what LeaveCall wants back.
+// Exchanges that the calling thread creates until LeaveCall run in the order of their creation, and
+// belong to this pass (0: to none).  Returns the argument for LeaveCall.
 GLUON_SYNCBN_API unsigned long long GluonSyncBNEnterCall(unsigned long long pass) {
   auto& call = gluon_syncbn::CurrentCall();
   const unsigned long long before = call.active ? call.pass + 1 : 0;

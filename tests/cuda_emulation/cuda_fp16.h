@@ -1,4 +1,4 @@
-// CUDA's float16, and how it takes numbers apart, for the emulation.
+// CUDA's float16 and its casts between bits and numbers, for the emulation.
 #pragma once
 
 #include <cstring>

@@ -1,9 +1,9 @@
-// So much of CUDA that our .cu files run on a CPU, to test them where there is no GPU.
+// As much of CUDA as our .cu files need to run on a CPU, to test them without a GPU.
 //
-// The threads of a block are coroutines that change places at __syncthreads; blocks run one after
-// the other.  That finds wrong indices, missing barriers (run it in both orders) and barriers that
-// not all threads reach.  It says nothing of speed, of a GPU's memory order or of its compiler.
-// Devices, their memory and their streams are runtime.cc's.
+// The threads of a block are coroutines that switch at __syncthreads; blocks run one after the
+// other. That finds wrong indices, missing barriers (when run in both orders of threads) and
+// barriers that not all threads reach.  It tests neither speed nor a GPU's memory model nor its
+// compiler. runtime.cc has devices, their memory and their streams.
 #pragma once
 
 #include <ucontext.h>
@@ -33,7 +33,7 @@ struct dim3 {
 };
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
-// CUDA's own numbers: MXNet knows some of them.
+// The values are CUDA's, because MXNet uses some of them.
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
@@ -72,7 +72,7 @@ cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t func
 }
 
 namespace emulation {
-// Queues a kernel; no other kernel or copy runs beside it.
+// Queues a kernel; no other kernel or copy runs at the same time.
 cudaError_t Queue(cudaStream_t stream, std::function<void()> kernel);
 extern bool backwards;  // the order in which the threads of a block run
 }  // namespace emulation
@@ -80,7 +80,7 @@ extern bool backwards;  // the order in which the threads of a block run
 
 namespace emulation {
 
-// A block: its threads run until all have come to the same barrier, or have ended.
+// A block, whose threads run until all have reached the same barrier, or have ended.
 class Block {
  public:
   void Run(dim3 block, const std::function<void()>& body) {
@@ -105,7 +105,7 @@ class Block {
         if (current_->ended) ++ended;
       }
       if (ended != 0 && ended != count) {
-        std::fprintf(stderr, "__syncthreads: only some threads of the block came\n");
+        std::fprintf(stderr, "__syncthreads: only some threads of the block reached it\n");
         std::abort();
       }
     }
@@ -126,7 +126,7 @@ class Block {
   Thread* current_ = nullptr;
   const std::function<void()>* body_ = nullptr;
 };
-// Never destroyed: streams may be running when the process ends.
+// Never destroyed, because streams may still be running when the process ends.
 inline Block& TheBlock() {
   static Block& block = *new Block;
   return block;

@@ -1,15 +1,17 @@
 // CUDA's runtime on a CPU: devices, their memory, their streams.
 //
-// Our own CUDA code (cuda_runtime.h) and MXNet's CUDA build use it, the latter as its
-// libcudart.so.11.0, with devices that hold no code of MXNet's own kernels: as a GPU that is newer
-// than that build.  What it is strict about, because a GPU would be:
+// It is used by our own CUDA code (cuda_runtime.h), and by MXNet's CUDA build as its
+// libcudart.so.11.0.  To MXNet, the devices have no code for its kernels, like a GPU newer than the
+// build.  It is as strict as a GPU:
 //
-// - A device's memory can be reached while one of its kernels or copies runs, and then only that
-//   device's: whoever touches it from the host, or from another device, crashes.
-// - A stream runs in a thread of its own, later than the call; EMULATED_JITTER (microseconds)
-//   makes it later still, by a random time.
-// - A stream is used while its device is the thread's current one.
-// - A callback may not call CUDA.
+// - Memory of a device is accessible only while a kernel or copy of this device runs: an access
+// from
+//   the host or from another device crashes.
+// - A stream runs in a thread of its own, after the call has returned; EMULATED_JITTER
+// (microseconds)
+//   delays it by a random time.
+// - A stream may be used only while its device is the current one of the thread.
+// - A callback must not call CUDA.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -39,7 +41,7 @@ namespace {
 constexpr int kMostDevices = 16;
 int multiprocessors = 3;
 std::atomic<long> allocations{0}, frees{0};
-cudaError_t stream_status = cudaSuccess;  // what callbacks are told
+cudaError_t stream_status = cudaSuccess;  // passed to callbacks
 
 int FromEnvironment(const char* name, int otherwise) {
   const char* text = std::getenv(name);
@@ -59,10 +61,10 @@ cudaError_t Result(cudaError_t error) {
   return error;
 }
 
-// At the beginning of every function.
+// Called at the beginning of every function.
 void Enter(const char* name) {
   if (!in_callback) return;
-  std::fprintf(stderr, "%s: a callback may not call CUDA\n", name);
+  std::fprintf(stderr, "%s: a callback must not call CUDA\n", name);
   std::abort();
 }
 
@@ -130,20 +132,20 @@ class Memory {
 
   char* base_;
   std::size_t used_ = 0;
-  std::map<std::size_t, std::size_t> free_, taken_;  // where -> how much
+  std::map<std::size_t, std::size_t> free_, taken_;  // offset -> size
 };
 
 struct Machine {
-  std::mutex mutex;  // whoever uses a device's memory
+  std::mutex mutex;  // guards the memory of all devices
   std::array<Memory, kMostDevices> memories;
 };
-// Never destroyed, as streams: their threads run until the process ends.
+// Never destroyed, like streams, whose threads run until the process ends.
 Machine& TheMachine() {
   static Machine& machine = *new Machine;
   return machine;
 }
 
-// Runs `work` with the memory of `devices` open.
+// Runs `work` with the memory of `devices` accessible.
 void With(const std::set<int>& devices, const std::function<void()>& work) {
   Machine& machine = TheMachine();
   const std::lock_guard<std::mutex> lock(machine.mutex);
@@ -204,7 +206,7 @@ class Stream {
   std::deque<std::function<void()>> work_;  // the first one is running
 };
 
-// All there are, of every device; a destroyed one only stays idle.
+// The streams of all devices, including destroyed ones, which stay idle.
 struct Streams {
   std::mutex mutex;
   std::vector<Stream*> all;
@@ -230,7 +232,7 @@ void WaitForAll(int device) {
   }
 }
 
-// A handle's stream; null for the legacy stream, before which all others must be done.
+// The stream of a handle; null for the legacy stream, which waits for all others.
 Stream* Find(cudaStream_t handle) {
   if (handle == cudaStreamPerThread) {
     static thread_local std::map<int, Stream*> mine;
@@ -278,7 +280,7 @@ cudaError_t Queue(cudaStream_t stream, std::function<void()> kernel) {
 
 using namespace emulation;
 
-// --- what our code uses, and MXNet, too
+// --- used by our code and by MXNet
 
 EXPORT const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
@@ -407,7 +409,7 @@ EXPORT cudaError_t cudaStreamAddCallback(cudaStream_t handle, cudaStreamCallback
   });
 }
 
-// --- what only MXNet uses
+// --- used by MXNet only
 
 EXPORT const char* cudaGetErrorName(cudaError_t error) { return cudaGetErrorString(error); }
 EXPORT cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
@@ -422,7 +424,7 @@ EXPORT cudaError_t cudaDriverGetVersion(int* version) {
   *version = 11020;
   return cudaSuccess;
 }
-// Of the many fields those that MXNet reads, where CUDA 11 has them.
+// Sets the fields that MXNet reads, at their offsets in CUDA 11.
 EXPORT cudaError_t cudaGetDeviceProperties(void* properties, int device) {
   Enter(__func__);
   if (device < 0 || device >= Devices()) return Result(cudaErrorInvalidDevice);
@@ -489,7 +491,9 @@ EXPORT cudaError_t cudaEventCreateWithFlags(Event** event, unsigned) {
   *event = new Event;
   return cudaSuccess;
 }
-EXPORT cudaError_t cudaEventDestroy(Event*) { return cudaSuccess; }  // somebody may still wait
+EXPORT cudaError_t cudaEventDestroy(Event*) {
+  return cudaSuccess;
+}  // a stream may still wait for it
 EXPORT cudaError_t cudaEventRecord(Event* event, cudaStream_t stream) {
   Enter(__func__);
   long mine;
@@ -518,7 +522,7 @@ EXPORT cudaError_t cudaStreamWaitEvent(cudaStream_t stream, Event* event, unsign
   });
 }
 
-// MXNet's kernels: known by name, not to be run.
+// MXNet's kernels can be registered, but not launched.
 EXPORT void** __cudaRegisterFatBinary(void*) {
   static void* handle = nullptr;
   return &handle;
@@ -567,7 +571,7 @@ NOT_SUPPORTED(cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags)
 NOT_SUPPORTED(cudaStreamBeginCapture)
 NOT_SUPPORTED(cudaStreamEndCapture)
 
-// --- what tests set and read
+// --- set and read by tests
 
 EXPORT void Emulate(int multiprocessors, int backwards) {
   emulation::multiprocessors = multiprocessors;

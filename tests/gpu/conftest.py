@@ -1,4 +1,4 @@
-"""Tests that need a GPU; where there is none they are skipped, and say why.
+"""Tests that need a GPU; without one they are skipped with a reason.
 
 test_cuda_kernels.py needs PyTorch with CUDA, and no MXNet:
 

@@ -53,17 +53,17 @@ def on_another_stream(kernels):
 @pytest.mark.parametrize("shape, axis", LAYOUTS)
 def test_a_step(kernels, dtype, shape, axis):
     checks.check_step(kernels, dtype, shape, axis)
-    checks.check_step(kernels, dtype, shape, axis, alone=True, in_place=True)
+    checks.check_step(kernels, dtype, shape, axis, local=True, in_place=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape, axis", LAYOUTS[:2] + LAYOUTS[7:9])
-def test_moving_statistics_requests_and_two_devices(kernels, dtype, shape, axis):
-    for alone in (False, True):
-        checks.check_moving_statistics(kernels, dtype, shape, axis, alone)
-        checks.check_requests(kernels, dtype, shape, axis, alone)
-        checks.check_cumulative_average(kernels, dtype, shape, axis, alone)
-    checks.check_no_measuring(kernels, dtype, shape, axis)
+def test_moving_statistics_write_modes_and_two_devices(kernels, dtype, shape, axis):
+    for local in (False, True):
+        checks.check_moving_statistics(kernels, dtype, shape, axis, local)
+        checks.check_write_modes(kernels, dtype, shape, axis, local)
+        checks.check_cumulative_average(kernels, dtype, shape, axis, local)
+    checks.check_without_statistics(kernels, dtype, shape, axis)
     checks.check_two_devices(kernels, dtype, shape, axis)
 
 
@@ -76,8 +76,8 @@ def test_no_elements(kernels, dtype, shape, axis):
 @pytest.mark.parametrize("shape, axis", LAYOUTS[:2] + LAYOUTS[7:9])
 def test_far_from_zero(kernels, shape, axis):
     checks.check_step(kernels, "float32", shape, axis, offset=1e4)
-    for alone in (False, True):
-        checks.check_float64_far_from_zero(kernels, shape, axis, alone)
+    for local in (False, True):
+        checks.check_float64_far_from_zero(kernels, shape, axis, local)
 
 
 def test_on_a_stream_of_its_own(on_another_stream):
@@ -99,10 +99,10 @@ def test_the_same_bits_on_every_run(kernels):
     assert len(results) == 1
 
 
-def test_an_error_is_told(kernels):
-    kernel = checks.MomentsBackward(1, checks.feature_shape((2, 3), 1))
+def test_an_error_is_reported(kernels):
+    params = checks.MomentsBackwardParams(1, checks.feature_shape((2, 3), 1))
     with pytest.raises(RuntimeError, match="on the GPU: invalid device ordinal"):
-        kernels.run(kernel, device=99)
+        kernels.run(params, device=99)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -30,15 +30,15 @@ class Layer:
         self.mean = on_gpu(np.zeros(channels, wide))
         self.var = on_gpu(np.ones(channels, wide))
 
-    def meeting(self, x, axis, num_devices, key):
+    def synchronized(self, x, axis, num_devices, key):
         op = mx.nd._internal
-        handed, local, coefficients = op._syncbn_moments(x, axis=axis)
+        data, local, context = op._syncbn_moments(x, axis=axis)
         total = op._syncbn_sum(local, self.mean, key=key, num_devices=num_devices)
         return op._syncbn_normalize(
-            handed, total, coefficients, self.gamma, self.beta, self.mean, self.var, axis=axis
+            data, total, context, self.gamma, self.beta, self.mean, self.var, axis=axis
         )
 
-    def alone(self, x, axis):
+    def local(self, x, axis):
         return mx.nd._internal._syncbn_batch_norm(
             x, self.gamma, self.beta, self.mean, self.var, axis=axis
         )
@@ -46,7 +46,7 @@ class Layer:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("shape, axis", [((6, 5, 7, 9), 1), ((6, 7, 9, 8), -1), ((64, 10), 1)])
-@pytest.mark.parametrize("how", ["meeting", "alone"])
+@pytest.mark.parametrize("how", ["synchronized", "local"])
 @pytest.mark.parametrize("grad_req", ["write", "add"])
 def test_a_step(dtype, shape, axis, how, grad_req):
     rng = np.random.RandomState(0)
@@ -55,7 +55,7 @@ def test_a_step(dtype, shape, axis, how, grad_req):
     x = on_gpu(x_value)
     grads = differentiable(x, layer.gamma, layer.beta, grad_req=grad_req)
     with autograd.record():
-        y = layer.meeting(x, axis, 1, "one") if how == "meeting" else layer.alone(x, axis)
+        y = layer.synchronized(x, axis, 1, "one") if how == "synchronized" else layer.local(x, axis)
     autograd.backward([y], [on_gpu(dy)])
     wanted = batch_norm([x_value], [dy], layer.gamma_value, layer.beta_value, axis=axis)
     before = 2 if grad_req == "add" else 0
@@ -82,7 +82,7 @@ def test_two_participants_on_one_gpu():
     x, other = rng.randn(4, 3, 5, 5).astype("float32"), rng.randn(2, 3, 5, 5).astype("float32")
     layer = Layer(3, "float32")
     with autograd.record():
-        y = layer.meeting(on_gpu(x), 1, 2, "two")
+        y = layer.synchronized(on_gpu(x), 1, 2, "two")
     flat = other.transpose(0, 2, 3, 1).reshape(-1, 3).astype("float64")
     kept = arrive("two", 0, "the other", 2, moments(flat))
     wanted = batch_norm([x, other], [x, other], layer.gamma_value, layer.beta_value)
@@ -98,12 +98,12 @@ def test_a_share_without_elements(shape):
         grads = differentiable(x, layer.gamma, layer.beta)
         others = np.random.RandomState(0).randn(7, 3)
         with autograd.record():
-            y = layer.meeting(x, 1, 2, "nothing")
+            y = layer.synchronized(x, 1, 2, "nothing")
         kept = arrive("nothing", 0, "the other", 2, moments(others))
         assert y.asnumpy().shape == shape
         means = layer.mean.asnumpy()
         assert largest_error(means, 0.1 * others.mean(0)) < 1e-6
-        for forward in (lambda: layer.meeting(x, 1, 1, "nothing"), lambda: layer.alone(x, 1)):
+        for forward in (lambda: layer.synchronized(x, 1, 1, "nothing"), lambda: layer.local(x, 1)):
             with autograd.record():
                 y = forward()
             autograd.backward([y], [x])
@@ -143,7 +143,7 @@ def test_a_device_that_does_not_come():
 
 @need_gpus(2)
 def test_plain_backward_on_two_gpus():
-    """From one thread, one device's layers after the other's; on CPU contexts that can deadlock."""
+    """From one thread, device after device; on CPU contexts that can deadlock."""
     contexts = [mx.gpu(0), mx.gpu(1)]
     rng = np.random.RandomState(0)
     values = [rng.randn(4, 3, 9, 9).astype("float32") for _ in contexts]
@@ -161,10 +161,10 @@ def test_plain_backward_on_two_gpus():
             y = x
             for i in range(6):
                 gamma, beta, mean, var = parameters((1, 0, 0, 1), context)
-                handed, local, coefficients = mx.nd._internal._syncbn_moments(y)
+                data, local, context = mx.nd._internal._syncbn_moments(y)
                 total = mx.nd._internal._syncbn_sum(local, mean, key=f"deep{i}", num_devices=2)
                 y = mx.nd._internal._syncbn_normalize(
-                    handed, total, coefficients, gamma, beta, mean, var, eps=1e-5
+                    data, total, context, gamma, beta, mean, var, eps=1e-5
                 )
             ys.append(y)
     autograd.backward(ys, [mx.nd.array(h, ctx=c) for h, c in zip(heads, contexts)])

@@ -45,7 +45,7 @@ def shares(rng, sizes, rest, dtype="float32"):
 
 
 def inputs(values, contexts):
-    """Arrays on the devices, whose gradients are recorded."""
+    """Arrays on the devices, with gradients attached."""
     arrays = [load(v, c) for v, c in zip(values, contexts)]
     differentiable(*arrays)
     return arrays
@@ -66,7 +66,7 @@ def network(contexts, mode, layers=1, dtype="float32", **options):
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("axis, rest", [(1, (3, 5, 7)), (-1, (4, 4, 8))])
 def test_training_as_one_batch(mode, dtype, axis, rest):
-    """Uneven shares, several steps: outputs, all gradients, statistics."""
+    """Uneven shards, several steps: outputs, all gradients, statistics."""
     rng = np.random.RandomState(0)
     channels = rest[0] if axis == 1 else rest[-1]
     net = network(GPUS, mode, dtype=dtype, axis=axis, in_channels=channels)
@@ -119,7 +119,7 @@ def test_inference_and_back_to_training(mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backward", ["plain", "parallel"])
 def test_many_layers(mode, backward):
-    """On as many GPUs as there are, up to four, with plain autograd.backward, too: no deadlock."""
+    """No deadlock on up to four GPUs, even with plain autograd.backward."""
     contexts = [mx.gpu(i) for i in range(min(4, mx.context.num_gpus()))]
     rng = np.random.RandomState(0)
     layers = 12
@@ -218,7 +218,7 @@ y = mx.nd.contrib.KeyBarrierSum(x, key="lonely", num_devices=2)
 
 @pytest.mark.filterwarnings("ignore:register_op_hook")
 def test_the_feature_map_travels_in_place():
-    """From the second layer on; what comes in is the caller's."""
+    """From the second layer on, because the input of the first is the caller's."""
     net = nn.HybridSequential(prefix="net_")
     net.add(SyncBatchNorm(in_channels=3, prefix="a_"), SyncBatchNorm(in_channels=3, prefix="b_"))
     net.initialize(ctx=GPUS[0])
@@ -290,7 +290,7 @@ def test_nothing_is_allocated_in_the_steady_state(mode):
         mx.nd.waitall()
 
     count = ctypes.CDLL("libcudart.so.11.0").EmulatedAllocations
-    # A worker that has nothing to do with a layer for a while allocates when its turn comes.
+    # A worker allocates when it runs its first operation of a layer, which can be late.
     for _ in range(8):
         before = count()
         for _ in range(10):

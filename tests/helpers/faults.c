@@ -1,4 +1,4 @@
-// Faults on demand, for tests that preload this (faults.py): what a healthy machine never does.
+// Injects faults that a healthy machine never shows, into tests that preload this (faults.py).
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -8,11 +8,11 @@
 #include <stddef.h>
 #include <unistd.h>
 
-// How many of the next calls fail.
+// How many of the next calls are to fail.
 atomic_int faults_pushes, faults_threads;
-// 1: the next push stays in the call when it has pushed, and says 2 here, until this is 0.
+// Set to 1, the next push does not return after it has pushed: it sets this to 2 and waits for 0.
 atomic_int faults_hold_push;
-// 1: the next thread that is started keeps its starter for a second, and says 2 here.
+// Set to 1, the next start of a thread returns a second late, and sets this to 2 before.
 atomic_int faults_hold_thread;
 
 static bool Fails(atomic_int* left) {
@@ -23,7 +23,7 @@ static bool Fails(atomic_int* left) {
   return false;
 }
 
-// MXNet's own, in its library that only Python and ours see.
+// The original is in libmxnet.so, which RTLD_NEXT does not find.
 int MXEnginePushAsync(void* function, void* parameter, void* deleter, void* context,
                       void* const_vars, int num_const_vars, void* mutable_vars,
                       int num_mutable_vars, void* property, int priority, const char* name,

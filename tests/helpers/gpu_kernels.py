@@ -1,8 +1,8 @@
 """The CUDA side's C functions (src/operator/kernels/cuda/functions.h) on arrays of a device.
 
-The same checks run on a GPU (tests/gpu) and where CUDA is emulated (test_gpu_kernels.py).  A device
-has ``array(numpy_array)``, whose result has ``pointer`` and ``numpy()``, and ``index`` and
-``stream``.
+The same checks run on a GPU (tests/gpu) and on emulated CUDA (test_gpu_kernels.py).  A device has
+``index``, ``stream``, ``synchronize()`` and ``array(numpy_array)``, whose result has ``pointer``,
+``dtype`` and ``numpy()``.
 """
 
 import ctypes
@@ -12,8 +12,8 @@ import numpy as np
 from reference import batch_norm, batch_norm_far_from_zero, largest_error, moments, rows
 
 TYPES = {"float16": 0, "float32": 1, "float64": 2}
-NULL, WRITE, ADD = 0, 1, 2
-NOT_MEASURED = -1
+SKIP, WRITE, ADD = 0, 1, 2
+NO_STATISTICS = -1
 # As for the operators; see test_operators.py.
 TOLERANCE = {"float16": 2e-3, "float32": 3e-6, "float64": 1e-11}
 
@@ -26,17 +26,17 @@ def structure(name, **fields):
 
 Gpu = structure("Gpu", device=INT, stream=POINTER)
 FeatureShape = structure("FeatureShape", outer=SIZE, channels=SIZE, inner=SIZE, stride=SIZE)
-MomentsForward = structure(
-    "MomentsForward",
+MomentsForwardParams = structure(
+    "MomentsForwardParams",
     type=INT,
     shape=FeatureShape,
     x=POINTER,
     copy=POINTER,
-    measure=ctypes.c_bool,
+    compute_statistics=ctypes.c_bool,
     statistics=POINTER,
 )
-NormalizeForward = structure(
-    "NormalizeForward",
+NormalizeForwardParams = structure(
+    "NormalizeForwardParams",
     type=INT,
     shape=FeatureShape,
     epsilon=DOUBLE,
@@ -48,12 +48,12 @@ NormalizeForward = structure(
     beta=POINTER,
     moving_mean=POINTER,
     moving_var=POINTER,
-    y_request=INT,
+    y_mode=INT,
     y=POINTER,
     batches=POINTER,
 )
-NormalizeBackward = structure(
-    "NormalizeBackward",
+NormalizeBackwardParams = structure(
+    "NormalizeBackwardParams",
     type=INT,
     shape=FeatureShape,
     epsilon=DOUBLE,
@@ -64,25 +64,43 @@ NormalizeBackward = structure(
     gamma=POINTER,
     moving_mean=POINTER,
     moving_var=POINTER,
-    dx_request=INT,
-    dx=POINTER,
-    statistics_grad=POINTER,
-    coefficients_grad=POINTER,
-    gamma_request=INT,
+    dy_copy=POINTER,
+    backward_sums=POINTER,
+    backward_context=POINTER,
+    gamma_grad_mode=INT,
     gamma_grad=POINTER,
-    beta_request=INT,
+    beta_grad_mode=INT,
     beta_grad=POINTER,
 )
-MomentsBackward = structure(
-    "MomentsBackward",
+MomentsBackwardParams = structure(
+    "MomentsBackwardParams",
     type=INT,
     shape=FeatureShape,
     dy=POINTER,
     x=POINTER,
-    statistics_grad=POINTER,
-    coefficients_grad=POINTER,
-    dx_request=INT,
+    backward_sums=POINTER,
+    backward_context=POINTER,
+    dx_mode=INT,
     dx=POINTER,
+)
+LocalBackwardParams = structure(
+    "LocalBackwardParams",
+    type=INT,
+    shape=FeatureShape,
+    epsilon=DOUBLE,
+    fix_gamma=ctypes.c_bool,
+    dy=POINTER,
+    x=POINTER,
+    statistics=POINTER,
+    gamma=POINTER,
+    moving_mean=POINTER,
+    moving_var=POINTER,
+    dx_mode=INT,
+    dx=POINTER,
+    gamma_grad_mode=INT,
+    gamma_grad=POINTER,
+    beta_grad_mode=INT,
+    beta_grad=POINTER,
 )
 VALUES_READ = ctypes.CFUNCTYPE(None, POINTER, ctypes.POINTER(DOUBLE), SIZE, ctypes.c_char_p)
 
@@ -101,11 +119,11 @@ class Kernels:
         if error is not None:
             raise RuntimeError(error.decode())
 
-    def run(self, kernel, **where):
-        self.call(type(kernel).__name__, ctypes.byref(kernel), **where)
+    def run(self, params, **where):
+        self.call(type(params).__name__.replace("Params", ""), ctypes.byref(params), **where)
 
     def read(self, array, count):
-        """The numbers of a float32 or float64 array, by the way to the exchange."""
+        """The numbers of a float32 or float64 array, as they go to the exchange."""
         import threading
 
         self.device.synchronize()
@@ -130,13 +148,13 @@ class Kernels:
         assert there.wait(10)
         return np.array(got)
 
-    def write(self, values, array, request=WRITE):
+    def write(self, values, array, mode=WRITE):
         values = np.ascontiguousarray(values, "float64")
         source = values.ctypes.data_as(ctypes.POINTER(DOUBLE))
         self.call(
             "WriteValues",
             TYPES[array.dtype],
-            request,
+            mode,
             source,
             SIZE(len(values)),
             POINTER(array.pointer),
@@ -150,90 +168,101 @@ def feature_shape(shape, axis):
 
 
 class Layer:
-    """Parameters and moving statistics on a device, and one device's share of a layer's step."""
+    """Parameters and moving statistics on a device, and one device's shard of a layer's step."""
 
-    def __init__(self, kernels, dtype, shape, axis, fix_gamma=False, alone=False, batches=None):
-        self.kernels, self.dtype, self.axis, self.alone = kernels, dtype, axis, alone
+    def __init__(self, kernels, dtype, shape, axis, fix_gamma=False, local=False, batches=None):
+        self.kernels, self.dtype, self.axis, self.local = kernels, dtype, axis, local
         self.fix_gamma, self.momentum = fix_gamma, 0.9
         self.shape = feature_shape(shape, axis)
         self.channels = channels = shape[axis]
-        self.wide = "float64" if dtype == "float64" else "float32"
+        self.acc_type = "float64" if dtype == "float64" else "float32"
         rng = np.random.RandomState(1)
-        self.gamma_value = rng.rand(channels).astype(self.wide) + 0.5
-        self.beta_value = rng.randn(channels).astype(self.wide)
+        self.gamma_value = rng.rand(channels).astype(self.acc_type) + 0.5
+        self.beta_value = rng.randn(channels).astype(self.acc_type)
         if fix_gamma:
             self.gamma_value[:] = 1
         self.gamma = self.array(self.gamma_value if not fix_gamma else self.gamma_value + 7)
         self.beta = self.array(self.beta_value)
-        self.mean = self.array(np.full(channels, 0.5, self.wide))
-        self.var = self.array(np.full(channels, 2.0, self.wide))
-        self.batches = None if batches is None else self.array(np.array([batches], self.wide))
-        self.gamma_grad = self.array(np.full(channels, 3.0, self.wide))
-        self.beta_grad = self.array(np.full(channels, 4.0, self.wide))
+        self.mean = self.array(np.full(channels, 0.5, self.acc_type))
+        self.var = self.array(np.full(channels, 2.0, self.acc_type))
+        self.batches = None if batches is None else self.array(np.array([batches], self.acc_type))
+        self.gamma_grad = self.array(np.full(channels, 3.0, self.acc_type))
+        self.beta_grad = self.array(np.full(channels, 4.0, self.acc_type))
         self.statistics = self.array(np.full(3 * channels, np.nan))
         self.sums = self.array(np.full(2 * channels + 1, np.nan))
-        self.coefficients = self.array(np.full(2 * channels, np.nan))
+        self.context = self.array(np.full(2 * channels, np.nan))
+        self.no_statistics = self.array(np.append(np.zeros(2 * channels), NO_STATISTICS))
 
     def array(self, values):
         return self.kernels.device.array(values)
 
-    def forward(self, x, y, request=WRITE, measured=True, total=None):
-        """``total``: what comes from the exchange; by default what this device brings to it."""
+    def forward(self, x, y, mode=WRITE, batch_statistics=True, total=None):
+        """``total``: the result of the exchange; by default what this device contributes to it."""
         kernels, p = self.kernels, self
-        statistics = self.statistics.pointer if measured else None
-        k = NormalizeForward(
+        statistics = self.statistics.pointer if batch_statistics else None
+        params = NormalizeForwardParams(
             TYPES[self.dtype], self.shape, 1e-5, p.momentum, self.fix_gamma, x.pointer, statistics,
-            p.gamma.pointer, p.beta.pointer, p.mean.pointer, p.var.pointer, request, y.pointer,
+            p.gamma.pointer, p.beta.pointer, p.mean.pointer, p.var.pointer, mode, y.pointer,
             p.batches and p.batches.pointer,
         )  # fmt: skip
-        if self.alone:
-            kernels.call("ForwardAlone", ctypes.byref(k), POINTER(statistics))
+        if self.local:
+            kernels.call("LocalForward", ctypes.byref(params), POINTER(statistics))
             return
-        if measured:
-            moments = MomentsForward(
-                TYPES[self.dtype], self.shape, x.pointer, x.pointer, True, statistics
+        if batch_statistics:
+            kernels.run(
+                MomentsForwardParams(
+                    TYPES[self.dtype], self.shape, x.pointer, x.pointer, True, statistics
+                )
             )
-            kernels.run(moments)
             if total is not None:
                 kernels.write(total, self.statistics)
-        kernels.run(k)
+        else:
+            params.statistics = self.no_statistics.pointer
+        kernels.run(params)
 
-    def backward(self, dy, x, dx, request=WRITE, measured=True, parameters=WRITE, add=None):
+    def backward(self, dy, x, dx, mode=WRITE, batch_statistics=True, parameters=WRITE, add=None):
+        """``add``: the backward sums of the other devices."""
         kernels, p = self.kernels, self
-        statistics = self.statistics.pointer if measured else None
-        handed = request if self.alone or not measured else WRITE
-        k = NormalizeBackward(
-            TYPES[self.dtype], self.shape, 1e-5, self.fix_gamma, dy.pointer, x.pointer, statistics,
-            p.gamma.pointer, p.mean.pointer, p.var.pointer, handed,
-            dx.pointer if self.alone or not measured else dy.pointer,
-            p.sums.pointer, p.coefficients.pointer,
-            parameters, p.gamma_grad.pointer, parameters, p.beta_grad.pointer,
-        )  # fmt: skip
-        if self.alone:
-            kernels.call("BackwardAlone", ctypes.byref(k))
+        step = TYPES[self.dtype], self.shape
+        gradients = parameters, p.gamma_grad.pointer, parameters, p.beta_grad.pointer
+        if self.local:
+            statistics = self.statistics.pointer if batch_statistics else None
+            params = LocalBackwardParams(
+                *step, 1e-5, self.fix_gamma, dy.pointer, x.pointer, statistics, p.gamma.pointer,
+                p.mean.pointer, p.var.pointer, mode, dx.pointer, *gradients,
+            )  # fmt: skip
+            kernels.call("LocalBackward", ctypes.byref(params))
             return
-        kernels.run(k)
-        if not measured:
-            return
+        statistics = (self.statistics if batch_statistics else self.no_statistics).pointer
+        kernels.run(
+            NormalizeBackwardParams(
+                *step,
+                1e-5,
+                self.fix_gamma,
+                dy.pointer,
+                x.pointer,
+                statistics,
+                p.gamma.pointer,
+                p.mean.pointer,
+                p.var.pointer,
+                dy.pointer,
+                p.sums.pointer,
+                p.context.pointer,
+                *gradients,
+            )  # fmt: skip
+        )
         if add is not None:
             size = 2 * self.channels + 1
             kernels.write(kernels.read(self.sums, size) + add, self.sums)
         kernels.run(
-            MomentsBackward(
-                TYPES[self.dtype],
-                self.shape,
-                dy.pointer,
-                x.pointer,
-                p.sums.pointer,
-                p.coefficients.pointer,
-                request,
-                dx.pointer,
-            )  # fmt: skip
+            MomentsBackwardParams(
+                *step, dy.pointer, x.pointer, p.sums.pointer, p.context.pointer, mode, dx.pointer
+            )
         )
 
 
 def check_step(
-    kernels, dtype, shape, axis, alone=False, in_place=False, offset=0.0, first=None, **options
+    kernels, dtype, shape, axis, local=False, in_place=False, offset=0.0, first=None, **options
 ):
     """One training step of one device against NumPy in float64.
 
@@ -248,7 +277,7 @@ def check_step(
     if first is not None:
         np.moveaxis(x, axis, -1)[(0,) * (x.ndim - 1)] = first
     dy = rng.randn(*shape).astype(dtype)
-    layer = Layer(kernels, dtype, shape, axis, alone=alone, **options)
+    layer = Layer(kernels, dtype, shape, axis, local=local, **options)
     wanted = batch_norm([x], [dy], layer.gamma_value.astype("float64"), layer.beta_value, axis=axis)
     device = kernels.device
     xd, dyd = device.array(x), device.array(dy)
@@ -259,7 +288,7 @@ def check_step(
     tolerance = TOLERANCE[dtype]
     assert largest_error(y.numpy(), wanted.y[0]) < tolerance
     assert largest_error(dx.numpy(), wanted.dx[0]) < tolerance
-    parameters = max(1e-6, tolerance / 100) if layer.wide == "float32" else tolerance
+    parameters = max(1e-6, tolerance / 100) if layer.acc_type == "float32" else tolerance
     if options.get("fix_gamma"):
         assert not layer.gamma_grad.numpy().any()
     else:
@@ -270,11 +299,11 @@ def check_step(
     assert largest_error(layer.var.numpy(), 1.8 + 0.1 * wanted.var) < parameters
 
 
-def check_float64_far_from_zero(kernels, shape, axis, alone, offset=1e6):
+def check_float64_far_from_zero(kernels, shape, axis, local, offset=1e6):
     """As exact as two passes over the data are."""
     rng = np.random.RandomState(0)
     x, dy = rng.randn(*shape) + offset, rng.randn(*shape) + 3
-    layer = Layer(kernels, "float64", shape, axis, alone=alone)
+    layer = Layer(kernels, "float64", shape, axis, local=local)
     of_batch = [dy], layer.gamma_value, layer.beta_value, axis
     wanted = batch_norm_far_from_zero([x], offset, *of_batch)
     two_passes = batch_norm([x], *of_batch)
@@ -298,22 +327,22 @@ def check_float64_far_from_zero(kernels, shape, axis, alone, offset=1e6):
 
 
 def check_two_devices(kernels, dtype, shape, axis):
-    """Two shares of a batch, each with the other's sums, as one batch."""
+    """Two shards of a batch, each with the sums of the other, give what one batch does."""
     rng = np.random.RandomState(0)
     xs = [rng.randn(*shape).astype(dtype) for _ in range(2)]
     dys = [rng.randn(*shape).astype(dtype) for _ in range(2)]
     layer = Layer(kernels, dtype, shape, axis)
     wanted = batch_norm(xs, dys, layer.gamma_value.astype("float64"), layer.beta_value, axis=axis)
-    shares = [rows(x, axis) for x in xs]
-    total = moments(np.concatenate(shares))
+    shards = [rows(x, axis) for x in xs]
+    total = moments(np.concatenate(shards))
     device = kernels.device
     sums = []
     for i in range(2):
         one = Layer(kernels, dtype, shape, axis)
         x, dy, y = device.array(xs[i]), device.array(dys[i]), device.array(np.zeros_like(xs[i]))
         one.forward(x, y)
-        brought = kernels.read(one.statistics, 2 * one.channels + 1)
-        np.testing.assert_allclose(brought, moments(shares[i]), rtol=1e-5, atol=1e-6)
+        contribution = kernels.read(one.statistics, 2 * one.channels + 1)
+        np.testing.assert_allclose(contribution, moments(shards[i]), rtol=1e-5, atol=1e-6)
         one.forward(x, y, total=total)
         assert largest_error(y.numpy(), wanted.y[i]) < TOLERANCE[dtype]
         one.backward(dy, x, device.array(np.zeros_like(xs[i])))
@@ -326,11 +355,11 @@ def check_two_devices(kernels, dtype, shape, axis):
         assert largest_error(dx.numpy(), wanted.dx[i]) < TOLERANCE[dtype]
 
 
-def check_moving_statistics(kernels, dtype, shape, axis, alone):
-    """Inference, and training by the moving statistics: values, gradients, nothing moves."""
+def check_moving_statistics(kernels, dtype, shape, axis, local):
+    """Inference, and training by the moving statistics: values, gradients, no updates."""
     rng = np.random.RandomState(0)
     x, dy = rng.randn(*shape).astype(dtype), rng.randn(*shape).astype(dtype)
-    layer = Layer(kernels, dtype, shape, axis, alone=alone)
+    layer = Layer(kernels, dtype, shape, axis, local=local)
     fixed = (np.full(layer.channels, 0.5), np.full(layer.channels, 2.0))
     wanted = batch_norm(
         [x],
@@ -343,8 +372,8 @@ def check_moving_statistics(kernels, dtype, shape, axis, alone):
     device = kernels.device
     xd, dyd = device.array(x), device.array(dy)
     y, dx = device.array(np.zeros(shape, dtype)), device.array(np.zeros(shape, dtype))
-    layer.forward(xd, y, measured=False)
-    layer.backward(dyd, xd, dx, measured=False)
+    layer.forward(xd, y, batch_statistics=False)
+    layer.backward(dyd, xd, dx, batch_statistics=False)
     assert largest_error(y.numpy(), wanted.y[0]) < TOLERANCE[dtype]
     assert largest_error(dx.numpy(), wanted.dx[0]) < TOLERANCE[dtype]
     assert largest_error(layer.beta_grad.numpy(), wanted.dbeta[0]) < max(
@@ -357,84 +386,86 @@ def check_moving_statistics(kernels, dtype, shape, axis, alone):
     assert (layer.mean.numpy() == 0.5).all() and (layer.var.numpy() == 2).all()
 
 
-def check_cumulative_average(kernels, dtype, shape, axis, alone):
-    """The average over all batches, which are counted on the device; inference counts none."""
+def check_cumulative_average(kernels, dtype, shape, axis, local):
+    """The average over all batches, counted on the device; inference does not count."""
     rng = np.random.RandomState(0)
-    layer = Layer(kernels, dtype, shape, axis, alone=alone, batches=0)
-    tolerance = 1e-6 if layer.wide == "float32" else 1e-12
+    layer = Layer(kernels, dtype, shape, axis, local=local, batches=0)
+    tolerance = 1e-6 if layer.acc_type == "float32" else 1e-12
     device, means, variances = kernels.device, [], []
     for step in range(1, 5):
         x = (step * rng.randn(*shape) + step).astype(dtype)
         flat = rows(x, axis)
         means.append(flat.mean(0))
         variances.append(flat.var(0))
-        for measured in (True, False):
-            layer.forward(device.array(x), device.array(np.zeros_like(x)), measured=measured)
+        for batch_statistics in (True, False):
+            layer.forward(
+                device.array(x), device.array(np.zeros_like(x)), batch_statistics=batch_statistics
+            )
             assert layer.batches.numpy().tolist() == [step]
             assert largest_error(layer.mean.numpy(), np.mean(means, 0)) < tolerance
             assert largest_error(layer.var.numpy(), np.mean(variances, 0)) < tolerance
 
 
-def check_requests(kernels, dtype, shape, axis, alone):
-    """Results are added, or left alone, where that is asked for."""
+def check_write_modes(kernels, dtype, shape, axis, local):
+    """Results overwrite, accumulate or are skipped, as asked for."""
     rng = np.random.RandomState(0)
     x, dy = rng.randn(*shape).astype(dtype), rng.randn(*shape).astype(dtype)
     device = kernels.device
-    plain, other = (Layer(kernels, dtype, shape, axis, alone=alone) for _ in range(2))
+    plain, other = (Layer(kernels, dtype, shape, axis, local=local) for _ in range(2))
     xd = device.array(x)
 
-    def step(layer, request, parameters, before):
+    def step(layer, mode, parameters, before):
         y = device.array(np.full(shape, before, dtype))
         dx = device.array(np.full(shape, before, dtype))
         dyd = device.array(dy)
-        layer.forward(xd, y, request=request)
-        layer.backward(dyd, xd, dx, request=request, parameters=parameters)
+        layer.forward(xd, y, mode=mode)
+        layer.backward(dyd, xd, dx, mode=mode, parameters=parameters)
         return [a.numpy().astype("float64") for a in (y, dx, layer.gamma_grad, layer.beta_grad)]
 
     written = step(plain, WRITE, WRITE, 9)
     added = step(other, ADD, ADD, 2)
     for got, wanted, before in zip(added, written, (2, 2, 3, 4)):
         assert largest_error(got, wanted + before) < TOLERANCE[dtype]
-    left = Layer(kernels, dtype, shape, axis, alone=alone)
-    for got, before in zip(step(left, NULL, NULL, 9), (9, 9, 3, 4)):
+    left = Layer(kernels, dtype, shape, axis, local=local)
+    for got, before in zip(step(left, SKIP, SKIP, 9), (9, 9, 3, 4)):
         assert (got == before).all()
 
 
-def check_no_measuring(kernels, dtype, shape, axis):
-    """Where nobody measures, the count says so, and the data are handed through."""
+def check_without_statistics(kernels, dtype, shape, axis):
+    """Without statistics the count says so; the data are copied in either case."""
     device = kernels.device
     x = np.random.RandomState(0).randn(*shape).astype(dtype)
     xd, copy = device.array(x), device.array(np.zeros(shape, dtype))
     layer = Layer(kernels, dtype, shape, axis)
-    for measure in (False, True):
+    for compute in (False, True):
         kernels.run(
-            MomentsForward(
+            MomentsForwardParams(
                 TYPES[dtype],
                 layer.shape,
                 xd.pointer,
                 copy.pointer,
-                measure,
+                compute,
                 layer.statistics.pointer,
             )
         )
         assert (copy.numpy() == x).all()
         count = layer.statistics.numpy()[2 * layer.channels]
-        assert count == (x.size / shape[axis] if measure else NOT_MEASURED)
+        assert count == (x.size / shape[axis] if compute else NO_STATISTICS)
 
 
 def check_no_elements(kernels, dtype, shape, axis):
-    """A share without elements brings nothing, and a batch without any moves nothing."""
+    """A shard without elements adds nothing, and a batch without any changes no statistics."""
     device = kernels.device
     nothing = device.array(np.zeros(shape, dtype))
-    for alone in (False, True):
-        layer = Layer(kernels, dtype, shape, axis, alone=alone)
+    for local in (False, True):
+        layer = Layer(kernels, dtype, shape, axis, local=local)
         layer.forward(nothing, nothing)
         layer.backward(nothing, nothing, nothing)
         assert not layer.statistics.numpy()[: 2 * layer.channels + 1].any()
         assert not layer.gamma_grad.numpy().any() and not layer.beta_grad.numpy().any()
         assert (layer.mean.numpy() == 0.5).all() and (layer.var.numpy() == 2).all()
-        layer.forward(nothing, nothing, measured=False)
-        layer.backward(nothing, nothing, nothing, measured=False)
+        layer.forward(nothing, nothing, batch_statistics=False)
+        layer.backward(nothing, nothing, nothing, batch_statistics=False)
     layer = Layer(kernels, dtype, shape, axis)
     others = np.random.RandomState(0).randn(7, layer.channels)
     layer.forward(nothing, nothing, total=moments(others))
@@ -445,7 +476,7 @@ def check_no_elements(kernels, dtype, shape, axis):
 
 
 def check_values(kernels):
-    """The way to the exchange and back, with conversion."""
+    """Copies to the host and back, with conversion."""
     rng = np.random.RandomState(0)
     for dtype in ("float32", "float64"):
         for count in (1, 257, 70_001):
@@ -457,5 +488,5 @@ def check_values(kernels):
             assert (array.numpy() == new.astype(dtype)).all()
             kernels.write(new, array, ADD)
             np.testing.assert_allclose(array.numpy(), 2 * new, rtol=1e-6)
-            kernels.write(new, array, NULL)
+            kernels.write(new, array, SKIP)
             np.testing.assert_allclose(array.numpy(), 2 * new, rtol=1e-6)

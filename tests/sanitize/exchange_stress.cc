@@ -1,7 +1,7 @@
-// A stress of the exchange for the sanitizers: many participants, keys and passes at once, in
-// random order, forward and backward; passes that are aborted, participants that never come,
-// deadlines that are changed, a barrier that is closed.  Every completion must come once, with the
-// right sum or with an error where one is allowed.
+// A stress test of the exchange for the sanitizers: many participants, keys and passes at once, in
+// random order, forward and backward; aborted passes, participants that never arrive, changing
+// deadlines, a barrier that is closed.  Every completion must be called once, with the right sum,
+// or with an error where one is possible.
 //
 //   exchange_stress [seed] [rounds]
 #include <algorithm>
@@ -22,8 +22,8 @@ namespace {
 
 using gluon_syncbn::Arrival;
 using gluon_syncbn::KeyBarrier;
-using gluon_syncbn::Outcome;
 using gluon_syncbn::Pass;
+using gluon_syncbn::Result;
 
 constexpr int kParticipants = 5;
 constexpr int kKeys = 7;
@@ -44,7 +44,7 @@ std::string Key(int key) { return "key" + std::to_string(key); }
 Arrival NewArrival(int key, std::uint64_t pass, int participant, double value) {
   Arrival arrival;
   arrival.key = Key(key);
-  arrival.lane = arrival.pass = pass;
+  arrival.phase = arrival.pass = pass;
   arrival.participant = static_cast<std::uint64_t>(participant);
   arrival.name = "device " + std::to_string(participant);
   arrival.num_devices = kParticipants;
@@ -52,8 +52,9 @@ Arrival NewArrival(int key, std::uint64_t pass, int participant, double value) {
   return arrival;
 }
 
-// Everybody comes to every key in every pass, each in an order of its own, and goes back likewise.
-void AllCome(unsigned seed, int rounds) {
+// Every participant arrives under every key in every pass, in an order of its own, and then does
+// the backward exchange of each round.
+void AllArrive(unsigned seed, int rounds) {
   KeyBarrier barrier(60.0);
   std::vector<std::uint64_t> passes;
   for (int i = 0; i < rounds; ++i) passes.push_back(barrier.NewPass());
@@ -72,16 +73,15 @@ void AllCome(unsigned seed, int rounds) {
         for (int k = 0; k < kKeys; ++k) keys[k] = k;
         std::shuffle(keys.begin(), keys.end(), random);
         for (const int key : keys) {
-          barrier.NoteOrigin(Key(key), static_cast<std::uint64_t>(p), 1);
+          barrier.SetSender(Key(key), static_cast<std::uint64_t>(p), 1);
           Answer& answer = forward[at(round, key, p)];
           barrier.Arrive(NewArrival(key, passes[round], p, p + 1000.0 * round),
-                         [&, round](const Outcome& outcome) {
+                         [&, round](const Result& result) {
                            const double wanted = sum + kParticipants * 1000.0 * round;
-                           answer.right = outcome.total != nullptr &&
-                                          (*outcome.total)[0] == wanted &&
-                                          (*outcome.total)[1] == -wanted &&
-                                          (*outcome.total)[2] == kParticipants;
-                           answer.round = outcome.round;
+                           answer.right = result.total != nullptr && (*result.total)[0] == wanted &&
+                                          (*result.total)[1] == -wanted &&
+                                          (*result.total)[2] == kParticipants;
+                           answer.round = result.round;
                            ++answer.times;
                          });
         }
@@ -89,11 +89,11 @@ void AllCome(unsigned seed, int rounds) {
           Answer& answer = forward[at(round, key, p)];
           while (answer.times.load() == 0) std::this_thread::yield();
           Arrival arrival = NewArrival(key, passes[round], p, p);
-          arrival.lane = answer.round;
+          arrival.phase = answer.round;
           arrival.backward = true;
           Answer& back = backward[at(round, key, p)];
-          barrier.Arrive(std::move(arrival), [&back, sum](const Outcome& outcome) {
-            back.right = outcome.total != nullptr && (*outcome.total)[0] == sum;
+          barrier.Arrive(std::move(arrival), [&back, sum](const Result& result) {
+            back.right = result.total != nullptr && (*result.total)[0] == sum;
             ++back.times;
           });
         }
@@ -103,19 +103,20 @@ void AllCome(unsigned seed, int rounds) {
   for (auto& thread : threads) thread.join();
   for (const auto* answers : {&forward, &backward}) {
     for (const auto& answer : *answers) {
-      if (answer.times != 1) Fail("a completion did not come once");
+      if (answer.times != 1) Fail("a completion was not called exactly once");
       if (!answer.right) Fail("a sum is wrong");
     }
   }
 }
 
-// Passes are aborted, participants stay away, deadlines are short, and then all is closed.
+// Passes are aborted, participants are absent, deadlines are short, and at last the barrier is
+// closed.
 void SomeFail(unsigned seed, int rounds) {
   auto barrier = std::make_unique<KeyBarrier>(0.005);
   std::vector<std::uint64_t> passes;
   for (int i = 0; i < rounds; ++i) passes.push_back(barrier->NewPass());
   std::vector<Answer> answers(rounds * kKeys * kParticipants);
-  std::vector<char> came(answers.size(), 0);
+  std::vector<char> arrived(answers.size(), 0);
   std::vector<std::thread> threads;
   for (int p = 0; p < kParticipants; ++p) {
     threads.emplace_back([&, p] {
@@ -124,25 +125,25 @@ void SomeFail(unsigned seed, int rounds) {
         for (int key = 0; key < kKeys; ++key) {
           if (random() % 20 == 0) continue;
           const int i = (round * kKeys + key) * kParticipants + p;
-          came[i] = 1;
+          arrived[i] = 1;
           const std::uint64_t who = static_cast<std::uint64_t>(p);
           barrier->Announce({Key(key)}, who, {passes[round], kParticipants});
           barrier->SetPass(Key(key), who, {passes[round], kParticipants});
           if (barrier->PassOf(Key(key), who).id != passes[round]) Fail("a pass is wrong");
           Arrival arrival = NewArrival(key, passes[round], p, 1.0);
-          if (random() % 8 == 0) arrival.turn = barrier->Reserve(arrival.key, 0, who);
+          if (random() % 8 == 0) arrival.ticket = barrier->TakeTicket(arrival.key, 0, who);
           if (random() % 50 == 0) {
-            barrier->Release(arrival.key, 0, who, barrier->Reserve(arrival.key, 0, who));
+            barrier->ReturnTicket(arrival.key, 0, who, barrier->TakeTicket(arrival.key, 0, who));
           }
-          barrier->Arrive(std::move(arrival), [&answers, i](const Outcome& outcome) {
-            answers[i].right = outcome.total == nullptr ? !outcome.error.empty()
-                                                        : (*outcome.total)[0] == kParticipants;
+          barrier->Arrive(std::move(arrival), [&answers, i](const Result& result) {
+            answers[i].right = result.total == nullptr ? !result.error.empty()
+                                                       : (*result.total)[0] == kParticipants;
             ++answers[i].times;
           });
         }
         if (p == 0 && random() % 4 == 0) barrier->Abort({passes[round]}, "told to.");
         if (p == 1 && random() % 16 == 0) barrier->SetTimeout(0.001 * (1 + random() % 8));
-        if (p == 2 && barrier->Failures("") < barrier->Failures(Key(0))) Fail("failures");
+        if (p == 2 && barrier->Failures() < barrier->Failures(Key(0))) Fail("failures");
       }
     });
   }
@@ -150,8 +151,8 @@ void SomeFail(unsigned seed, int rounds) {
   barrier->Close("the end");
   barrier.reset();
   for (std::size_t i = 0; i < answers.size(); ++i) {
-    if (answers[i].times != came[i]) Fail("a completion did not come once");
-    if (came[i] != 0 && !answers[i].right) Fail("a sum is wrong, or an error has no reason");
+    if (answers[i].times != arrived[i]) Fail("a completion was not called exactly once");
+    if (arrived[i] != 0 && !answers[i].right) Fail("a sum is wrong, or an error has no reason");
   }
 }
 
@@ -163,7 +164,7 @@ int main(int argc, char** argv) {
   const int rounds = argc > 2 ? std::atoi(argv[2]) : 300;
   std::printf("exchange_stress: seed %u, %d rounds of %d keys and %d participants\n", seed, rounds,
               kKeys, kParticipants);
-  AllCome(seed, rounds);
+  AllArrive(seed, rounds);
   SomeFail(seed, rounds);
-  std::printf("exchange_stress: every completion came once, every sum was right\n");
+  std::printf("exchange_stress: every completion was called once, every sum was right\n");
 }

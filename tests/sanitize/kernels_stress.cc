@@ -1,6 +1,6 @@
-// A stress of the CPU's kernels for the sanitizers: random shapes, types, requests and places of
-// the arrays, by several threads at once as with several devices, each array exactly as long as it
-// is said to be.  The results of float64 are compared with plain loops.
+// A stress test of the CPU kernels for the sanitizers: random shapes, types, write modes and
+// alignments, in several threads at once as with several devices, on arrays without slack at the
+// end.  Results of float64 are compared with plain loops.
 //
 //   kernels_stress [seed] [shapes]
 #include <cmath>
@@ -23,7 +23,7 @@ using namespace gluon_syncbn;
   std::abort();
 }
 
-// An array in memory of its own, `shift` elements from where that begins.
+// An array that starts `shift` elements after the start of its own memory block, and ends with it.
 template <typename T>
 class Array {
  public:
@@ -36,7 +36,7 @@ class Array {
   std::size_t shift_;
 };
 
-struct Bits16 {  // what a float16 is made of
+struct Bits16 {  // a float16
   std::uint16_t bits = 0;
 };
 void Set(double value, double* to) { *to = value; }
@@ -46,7 +46,7 @@ void Set(double value, Bits16* to) {  // powers of 2 from 2^-3 to 2^4, and their
   to->bits = static_cast<std::uint16_t>((value < 0 ? 0x8000 : 0) | ((12 + exponent) << 10));
 }
 
-Request AnyRequest(std::mt19937* random) { return static_cast<Request>((*random)() % 3); }
+WriteMode AnyMode(std::mt19937* random) { return static_cast<WriteMode>((*random)() % 3); }
 
 void Near(double got, double wanted, const char* what) {
   if (!(std::fabs(got - wanted) <= 1e-9 * (1 + std::fabs(wanted)))) Fail(what);
@@ -57,12 +57,12 @@ void Step(DataType type, const FeatureShape& shape, std::mt19937* random) {
   const std::size_t channels = shape.channels, size = channels * shape.count();
   std::normal_distribution<double> normal(0.5, 2.0);
   const auto shift = [&] { return (*random)() % 5; };
-  Array<T> x(size, shift()), handed(size, shift()), y(size, shift());
-  Array<T> dy(size, shift()), du(size, shift()), dx(size, shift());
+  Array<T> x(size, shift()), copy(size, shift()), y(size, shift());
+  Array<T> dy(size, shift()), dy_copy(size, shift()), dx(size, shift());
   Array<Parameter> gamma(channels, shift()), beta(channels, shift()), mean(channels, shift());
   Array<Parameter> var(channels, shift()), dgamma(channels, shift()), dbeta(channels, shift());
   Array<double> statistics(StatisticsSize(channels), 0), sums(StatisticsSize(channels), 0);
-  Array<double> coefficients(CoefficientsSize(channels), 0);
+  Array<double> context(BackwardContextSize(channels), 0);
   Array<double> local(LocalStatisticsSize(channels), 0);
   for (std::size_t i = 0; i < size; ++i) {
     Set(normal(*random), &x[i]);
@@ -74,23 +74,23 @@ void Step(DataType type, const FeatureShape& shape, std::mt19937* random) {
     var[c] = 1;
   }
   const double epsilon = 1e-3, momentum = 0.9;
-  const bool in_place = (*random)() % 2 == 0, measure = (*random)() % 4 != 0;
-  T* u = in_place ? x.data() : handed.data();
-  T* g = in_place ? dy.data() : du.data();
+  const bool in_place = (*random)() % 2 == 0, compute = (*random)() % 4 != 0;
+  T* u = in_place ? x.data() : copy.data();
+  T* g = in_place ? dy.data() : dy_copy.data();
   std::vector<T> dy_before(dy.data(), dy.data() + size);
   const Cpu cpu;
-  Run(cpu, MomentsForward{type, shape, x.data(), u, measure, statistics.data()});
+  Run(cpu, MomentsForwardParams{type, shape, x.data(), u, compute, statistics.data()});
+  Run(cpu, NormalizeForwardParams{type, shape, epsilon, momentum, false, u, statistics.data(),
+                                  gamma.data(), beta.data(), mean.data(), var.data(),
+                                  WriteMode::kWrite, y.data()});
   Run(cpu,
-      NormalizeForward{type, shape, epsilon, momentum, false, u, statistics.data(), gamma.data(),
-                       beta.data(), mean.data(), var.data(), Request::kWrite, y.data()});
-  Run(cpu, NormalizeBackward{type, shape, epsilon, false, dy.data(), u, statistics.data(),
-                             gamma.data(), mean.data(), var.data(), Request::kWrite, g, sums.data(),
-                             coefficients.data(), AnyRequest(random), dgamma.data(),
-                             AnyRequest(random), dbeta.data()});
-  Run(cpu, MomentsBackward{type, shape, g, u, sums.data(), coefficients.data(), Request::kWrite,
-                           dx.data()});
+      NormalizeBackwardParams{type, shape, epsilon, false, dy.data(), u, statistics.data(),
+                              gamma.data(), mean.data(), var.data(), g, sums.data(), context.data(),
+                              AnyMode(random), dgamma.data(), AnyMode(random), dbeta.data()});
+  Run(cpu, MomentsBackwardParams{type, shape, g, u, sums.data(), context.data(), WriteMode::kWrite,
+                                 dx.data()});
   if constexpr (std::is_same_v<T, double>) {
-    for (std::size_t c = 0; measure && size > 0 && c < channels; ++c) {
+    for (std::size_t c = 0; compute && size > 0 && c < channels; ++c) {
       const double n = static_cast<double>(shape.count());
       const auto at = [&](std::size_t i) {
         return (i / shape.inner * channels + c) * shape.inner + i % shape.inner;
@@ -98,26 +98,27 @@ void Step(DataType type, const FeatureShape& shape, std::mt19937* random) {
       double m = 0, v = 0, b = 0, s = 0;
       for (std::size_t i = 0; i < shape.count(); ++i) m += u[at(i)] / n;
       for (std::size_t i = 0; i < shape.count(); ++i) v += (u[at(i)] - m) * (u[at(i)] - m) / n;
-      const double r = 1 / std::sqrt(v + epsilon);
+      const double invstd = 1 / std::sqrt(v + epsilon);
       for (std::size_t i = 0; i < shape.count(); ++i) {
         b += dy_before[at(i)] / n;
-        s += dy_before[at(i)] * (u[at(i)] - m) * r / n;
+        s += dy_before[at(i)] * (u[at(i)] - m) * invstd / n;
       }
       for (std::size_t i = 0; i < shape.count(); ++i) {
-        const double hat = (u[at(i)] - m) * r;
+        const double hat = (u[at(i)] - m) * invstd;
         Near(y[at(i)], hat * gamma[c] + beta[c], "y");
-        Near(dx[at(i)], gamma[c] * r * (dy_before[at(i)] - b - hat * s), "dx");
+        Near(dx[at(i)], gamma[c] * invstd * (dy_before[at(i)] - b - hat * s), "dx");
       }
     }
   }
-  // The layer that exchanges nothing, added to what is there.
-  RunAlone(cpu,
+  // The unsynchronized layer, in all write modes.
+  double* of_batch = compute ? local.data() : nullptr;
+  RunLocal(cpu,
            {type, shape, epsilon, momentum, true, u, nullptr, gamma.data(), beta.data(),
-            mean.data(), var.data(), AnyRequest(random), y.data()},
-           measure ? local.data() : nullptr);
-  RunAlone(cpu, {type, shape, epsilon, true, g, u, measure ? local.data() : nullptr, gamma.data(),
-                 mean.data(), var.data(), AnyRequest(random), dx.data(), nullptr, nullptr,
-                 AnyRequest(random), dgamma.data(), AnyRequest(random), dbeta.data()});
+            mean.data(), var.data(), AnyMode(random), y.data()},
+           of_batch);
+  RunLocal(cpu, LocalBackwardParams{type, shape, epsilon, true, g, u, of_batch, gamma.data(),
+                                    mean.data(), var.data(), AnyMode(random), dx.data(),
+                                    AnyMode(random), dgamma.data(), AnyMode(random), dbeta.data()});
 }
 
 void Device(unsigned seed, int shapes) {
@@ -128,7 +129,7 @@ void Device(unsigned seed, int shapes) {
     shape.inner = inners[random() % 9];
     shape.outer = random() % 8;  // 0: an array without elements
     shape.channels = 1 + random() % 70;
-    if (i % 50 == 0) shape = {4, 300, 4000};  // large enough to be cut into slices
+    if (i % 50 == 0) shape = {4, 300, 4000};  // large enough for several blocks of channels
     if (i % 50 == 25) shape = {3000, 33, 1};
     switch (random() % 3) {
       case 0:

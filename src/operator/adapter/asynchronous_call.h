@@ -1,11 +1,11 @@
 // A call of an asynchronous operator, from its start to its completion.
 //
-// It is never completed before MXNet has left its own code around the call (call_frame.h).  Where
-// that code is a graph's, the result is written and the call completed in an operation of its own
-// that is queued to the workers of the call's device: taken by the worker that made the call, it
-// completes it; another one puts it back until the first has been seen outside.  A device has one
-// worker on a CPU, unless MXNET_CPU_WORKER_NTHREADS says more, and two on a GPU.
-// (With MXEnginePushSync, MXNet might put that operation into one bulk with those who wait for it.)
+// It must not complete before MXNet has left its own code around the call (call_frame.h).  So in a
+// graph, an operation of our own is queued to the workers of the call's device, which writes the
+// result and completes the call.  The worker that made the call has left it when it takes the
+// operation; another worker queues it again until the first has been seen outside.  A CPU context
+// has one worker, or MXNET_CPU_WORKER_NTHREADS; a GPU has two.
+// (MXEnginePushSync would not do: MXNet might bulk the operation with those that wait for it.)
 #pragma once
 
 #include <dmlc/logging.h>
@@ -38,9 +38,10 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
         req_(req),
         to_(to) {}
 
-  // On a GPU, before a thread of CUDA's may end the call: the engine starts a device's worker when
-  // its first operation is queued, and waits until that has set up CUDA.
-  void NeedWorker() {
+  // Starts the GPU's workers.  Call it before a thread of CUDA's may end the call: the engine
+  // starts them when their first operation is queued, and then waits for them to initialize CUDA,
+  // which a callback of CUDA's must not do.
+  void StartWorker() {
     const std::lock_guard<std::mutex> lock(All().starting);
     if (All().started.count(context_.dev_id) != 0) return;
     const auto nothing = [](void*, void* done, void*) {
@@ -52,23 +53,23 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
     All().started.insert(context_.dev_id);
   }
 
-  // One of these two, once, from any thread.  The call is not complete before Leave.
+  // Call one of these two, once, from any thread.  The call does not complete before Return.
   void Succeed(std::vector<double> result) {
     result_ = std::move(result);
-    if (state_.exchange(kReady) == kLeft && !Deliver()) Complete(nullptr);
+    if (state_.exchange(kReady) == kReturned && !Deliver()) Complete(nullptr);
   }
   void Fail(const std::string& error) {
     error_ = error;
-    if (state_.exchange(kReady) == kLeft && !Deliver()) Complete(nullptr);
+    if (state_.exchange(kReady) == kReturned && !Deliver()) Complete(nullptr);
   }
 
-  // From the call's thread, at its end.  Where the result is about to come it stays a moment: a
-  // worker that goes to sleep and is woken again takes longer than most rounds.  Nobody depends on
-  // its staying, so nothing can deadlock.  Throws where the engine takes no operation any more; the
-  // engine then completes the call, with this error.
-  void Leave(bool linger) {
-    if (linger) StayUntil([this] { return state_.load() != kInside; });
-    if (state_.exchange(kLeft) == kReady && !Deliver()) throw dmlc::Error(error_);
+  // Call it at the end of the call, from its thread.  With `spin` it waits up to 50 us for the
+  // result, because to put a worker to sleep and wake it again takes longer than most rounds.
+  // Nothing depends on this wait, so it cannot deadlock.  Throws if the engine accepts no operation
+  // any more; the engine then completes the call with this error.
+  void Return(bool spin) {
+    if (spin) SpinUntil([this] { return state_.load() != kRunning; });
+    if (state_.exchange(kReturned) == kReady && !Deliver()) throw dmlc::Error(error_);
   }
 
   // After a fork; see fork_handlers.cc.
@@ -77,27 +78,27 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
     All().started.clear();
   }
   static void RestartInChild() {
-    new (&All()) Shared;
-  }  // a lock may be another thread's, left behind
+    new (&All()) Shared;  // not destroyed first: a thread that the child lacks may hold its locks
+  }
 
  private:
-  // What all calls of the process share.
+  // Shared by all calls of the process.
   struct Shared {
-    std::mutex failing;     // held by whoever tells the engine of a failure
-    std::mutex starting;    // of a GPU's workers
-    std::set<int> started;  // the GPUs whose workers run
+    std::mutex failing;     // held while the engine is told of a failure
+    std::mutex starting;    // guards `started`
+    std::set<int> started;  // GPUs with running workers
   };
   static Shared& All() {
     static Shared shared;
     return shared;
   }
 
-  enum State { kInside, kLeft, kReady };
+  enum State { kRunning, kReturned, kReady };
 
-  // What the engine owns while a completion is queued.
+  // A completion in the engine's queue, which owns it.
   struct Queued {
     std::shared_ptr<AsynchronousCall> call;
-    int times;  // that it has been put back
+    int times;  // how often it was queued again
     bool taken = false;
 
     static void Run(void* run, void* done, void* self) {
@@ -106,7 +107,7 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
       queued.call->Taken(static_cast<mxnet::RunContext*>(run), queued.times);
       (*static_cast<mxnet::engine::CallbackOnComplete*>(done))();
     }
-    // When the process ends, the engine no longer runs what is queued: a worker throws it away.
+    // When the process ends, the engine deletes queued operations without running them.
     static void Delete(void* self) {
       const std::unique_ptr<Queued> queued(static_cast<Queued*>(self));
       if (queued->taken) return;
@@ -116,8 +117,9 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
         queued->call->Taken(nullptr, queued->times);
       }
     }
-    // What this thread is pushing; null once it is gone.  A push that fails deletes it, and so does
-    // one during which a worker has thrown it away: MXNet's last copy is the pusher's.
+    // What this thread is pushing; null once it has been deleted.  That happens inside the push if
+    // the push fails, and also if a worker discards the operation meanwhile, because then the
+    // pushing thread holds the last copy.
     static void*& Pushed() {
       static thread_local void* pushed = nullptr;
       return pushed;
@@ -125,15 +127,15 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
   };
 
   template <typename Predicate>
-  static void StayUntil(const Predicate& predicate) {
+  static void SpinUntil(const Predicate& predicate) {
     const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
     while (!predicate() && std::chrono::steady_clock::now() < end) std::this_thread::yield();
   }
 
-  // Once both Leave and a result have come.  False: it failed, and the call is still to be
-  // completed.
+  // Called once both Return and a result have come.  Returns false if it failed and the call is
+  // still to be completed.
   bool Deliver() {
-    // A result on a GPU is written on its worker's stream.
+    // On a GPU, results are written on the stream of a worker.
     if (!frame_.RecordIsLocal() || OnGpu(context_)) return Queue(0);
     const mxnet::RunContext here{context_, nullptr, nullptr, false};
     Complete(&here);
@@ -144,7 +146,7 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
     for (;;) {
       auto queued = std::make_unique<Queued>(Queued{shared_from_this(), times});
       void* const outer = std::exchange(Queued::Pushed(), queued.get());
-      // The engine owns it from here on, whether this fails or not.
+      // The engine takes ownership even if this fails.
       const int failed = MXEnginePushAsync(&Queued::Run, queued.release(), &Queued::Delete,
                                            &context_, nullptr, 0, nullptr, 0);
       const bool gone = std::exchange(Queued::Pushed(), outer) == nullptr;
@@ -157,14 +159,14 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
     }
   }
 
-  // By a worker of the device, from its queue.  `run`: null where nobody will see the result.
+  // Called by a worker of the device.  `run` is null if the result cannot be written any more.
   void Taken(const mxnet::RunContext* run, int times) {
     CallFrame::Visit();
     if (frame_.Left() || !Queue(times + 1)) return Complete(run);
-    // Let the worker that made the call be the next who takes it.  One that has left but is busy
-    // with something else may be so for long.
+    // Give the worker that made the call time to take the operation.  If it is busy with something
+    // else, that may be long.
     if (times < 4) {
-      StayUntil([this] { return frame_.Left(); });
+      SpinUntil([this] { return frame_.Left(); });
     } else {
       std::this_thread::sleep_for(std::chrono::microseconds(100));
     }
@@ -177,11 +179,11 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
       error_ = e.what();
     }
     if (error_.empty()) return on_complete_();
-    // The engine adds each failure to a list that has no lock
-    // (ThreadedEngine::AddToGlobalExceptions), so ours come one after the other.  What depends on a
-    // failed result looks for that failure in the list, finds it, and adds nothing.
+    // The engine appends each failure to a list that has no lock
+    // (ThreadedEngine::AddToGlobalExceptions), so we report ours one at a time.  Operations that
+    // depend on a failed result only search the list, since the failure is in it.
     const std::lock_guard<std::mutex> lock(All().failing);
-    // They may be looking right now, for the failure before this one, on another worker.
+    // On another worker they may be searching for the previous failure: give them time.
     std::this_thread::sleep_for(std::chrono::microseconds(200));
     const dmlc::Error failure(error_);
     on_complete_(&failure);
@@ -194,7 +196,7 @@ class AsynchronousCall : public std::enable_shared_from_this<AsynchronousCall> {
   const mxnet::TBlob to_;
   std::vector<double> result_;
   std::string error_;
-  std::atomic<State> state_{kInside};
+  std::atomic<State> state_{kRunning};
 };
 
 }  // namespace gluon_syncbn

@@ -1,11 +1,11 @@
-// _syncbn_batch_norm: the whole layer where there is nobody to meet.
+// _syncbn_batch_norm: the unsynchronized layer as a single operator.
 //
-//   forward   data, gamma, beta -> output and, hidden, the statistics; moves the moving statistics
+//   forward   data, gamma, beta -> output, statistics (hidden); updates the moving statistics
 //   backward  dy -> the gradients of data, gamma and beta
 //
-// For one device, and for layers that normalize by their moving statistics in training, too
-// (use_global_stats).  Between its passes over the data it waits for nothing, so it is faster than
-// the three operators around an exchange; the results agree.
+// It is used on one device, and for layers that use their moving statistics in training as well
+// (use_global_stats).  It has no exchange to wait for between its passes over the data, so it is
+// faster than the three operators of a synchronized layer; the results agree.
 #include <string>
 #include <vector>
 
@@ -30,49 +30,56 @@ struct BatchNormParam : public dmlc::Parameter<BatchNormParam> {
     DMLC_DECLARE_FIELD(axis).set_default(1).describe("The channel axis; negative from the end.");
     DMLC_DECLARE_FIELD(eps).set_default(1e-5).describe("Added to the variance.");
     DMLC_DECLARE_FIELD(momentum).set_default(0.9).describe(
-        "How much the moving statistics keep of what they were.");
+        "The weight of the old moving statistics in the new ones.");
     DMLC_DECLARE_FIELD(cumulative_average)
         .set_default(false)
         .describe(
-            "Let the moving statistics be the average over all batches so far, which a third "
-            "auxiliary state counts, whatever the momentum.");
+            "Ignore the momentum: the moving statistics are the average over all batches so far, "
+            "which a third auxiliary state counts.");
     DMLC_DECLARE_FIELD(fix_gamma).set_default(false).describe("Treat gamma as 1.");
     DMLC_DECLARE_FIELD(use_batch_stats)
         .set_default(false)
         .describe(
-            "Normalize by the batch's own statistics in inference, too, and leave the moving "
-            "statistics as they are.");
+            "Normalize by the batch's own statistics in inference as well, and do not update the "
+            "moving statistics.");
     DMLC_DECLARE_FIELD(use_global_stats)
         .set_default(false)
-        .describe("Normalize by the moving statistics in training, too.");
+        .describe("Normalize by the moving statistics in training as well.");
   }
 };
 
 class BatchNormOp : public mxnet::Operator {
  public:
   BatchNormOp(const BatchNormParam& param, const mxnet::Context& context) : param_(param) {
-    NeedDevice(context);
+    RequireDevice(context);
   }
 
   void Forward(const mxnet::OpContext& ctx, const Blobs& in_data, const Requests& req,
                const Blobs& out_data, const Blobs& aux) override {
-    measured_ = (ctx.is_train || param_.use_batch_stats) && !param_.use_global_stats;
-    const NormalizeForward k = ForwardKernel(param_, in_data, req, out_data, aux);
-    double* statistics = measured_ ? out_data[kStatistics].dptr<double>() : nullptr;
-    OnDevice(ctx, [&](const auto& device) { RunAlone(device, k, statistics); });
+    uses_batch_statistics_ = (ctx.is_train || param_.use_batch_stats) && !param_.use_global_stats;
+    const auto p = ToForwardParams(param_, in_data, req, out_data, aux);
+    double* const statistics = StatisticsOrNull(out_data);
+    OnDevice(ctx, [&](const auto& device) { RunLocal(device, p, statistics); });
   }
 
   void Backward(const mxnet::OpContext& ctx, const Blobs& out_grad, const Blobs& in_data,
                 const Blobs& out_data, const Requests& req, const Blobs& in_grad,
                 const Blobs& aux) override {
-    NormalizeBackward k = BackwardKernel(param_, out_grad, in_data, req, in_grad, aux);
-    k.statistics = measured_ ? out_data[kStatistics].dptr<double>() : nullptr;
-    OnDevice(ctx, [&](const auto& device) { RunAlone(device, k); });
+    auto p = ToBackwardParams<LocalBackwardParams>(param_, out_grad, in_data, req, in_grad, aux);
+    p.statistics = StatisticsOrNull(out_data);
+    p.dx_mode = ToWriteMode(req[kData]);
+    p.dx = in_grad[kData].dptr_;
+    OnDevice(ctx, [&](const auto& device) { RunLocal(device, p); });
   }
 
  private:
+  // Null: the kernels use the moving statistics.
+  double* StatisticsOrNull(const Blobs& out_data) const {
+    return uses_batch_statistics_ ? out_data[kStatistics].dptr<double>() : nullptr;
+  }
+
   const BatchNormParam param_;
-  bool measured_ = false;  // the last forward, for its backward; else by the moving statistics
+  bool uses_batch_statistics_ = false;  // in the last forward, for its backward
 };
 
 class BatchNormOpProperty : public BatchNormProperty<BatchNormOpProperty, BatchNormParam> {
@@ -116,7 +123,7 @@ DMLC_REGISTER_PARAMETER(BatchNormParam);
 
 using mxnet::OperatorPropertyReg;
 MXNET_REGISTER_OP_PROPERTY(_syncbn_batch_norm, BatchNormOpProperty)
-    .describe("Part of gluon_syncbn's synchronized batch normalization: one device alone.")
+    .describe("Part of gluon_syncbn's synchronized batch normalization: the unsynchronized layer.")
     .add_argument("data", "NDArray-or-Symbol", "The input, of 2 or more dimensions.")
     .add_argument("gamma", "NDArray-or-Symbol", "The scale, per channel.")
     .add_argument("beta", "NDArray-or-Symbol", "The shift, per channel.")

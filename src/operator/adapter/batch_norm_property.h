@@ -1,8 +1,8 @@
-// What is common to both operators that normalize, _syncbn_normalize and _syncbn_batch_norm: what
-// MXNet asks of them, and what they tell their kernels.
+// What the operators that normalize, _syncbn_normalize and _syncbn_batch_norm, have in common:
+// their properties for MXNet, and the parameters of their kernels.
 //
-// Their first argument is data, their last two are gamma and beta, their first output is the
-// result, and their auxiliary states are the moving statistics.
+// Their first argument is data, the last two are gamma and beta, the first output is the result,
+// and the auxiliary states are the moving statistics.
 #pragma once
 
 #include <string>
@@ -15,60 +15,59 @@
 
 namespace gluon_syncbn {
 
-// The last one only for an average over all batches (cumulative_average).
+// Auxiliary states; the last one exists with cumulative_average only.
 enum MovingStatistics { kMovingMean, kMovingVar, kBatches };
 
 using Blobs = std::vector<mxnet::TBlob>;
 using Requests = std::vector<mxnet::OpReqType>;
 
-// All but the statistics.  `Param` has axis, eps, momentum, cumulative_average, fix_gamma and
-// use_batch_stats.
+// Sets everything but the statistics.  `Param` has axis, eps, momentum, cumulative_average,
+// fix_gamma and use_batch_stats.
 template <typename Param>
-NormalizeForward ForwardKernel(const Param& param, const Blobs& in_data, const Requests& req,
-                               const Blobs& out_data, const Blobs& aux) {
+NormalizeForwardParams ToForwardParams(const Param& param, const Blobs& in_data,
+                                       const Requests& req, const Blobs& out_data,
+                                       const Blobs& aux) {
   const mxnet::TBlob& x = in_data.front();
-  NormalizeForward k{};
-  k.type = ToDataType(x.type_flag_);
-  k.shape = ToFeatureShape(x.shape_, param.axis);
-  k.epsilon = param.eps;
-  k.momentum = param.use_batch_stats ? 1.0 : param.momentum;
-  k.fix_gamma = param.fix_gamma;
-  k.x = x.dptr_;
-  k.gamma = in_data[in_data.size() - 2].dptr_;
-  k.beta = in_data.back().dptr_;
-  k.moving_mean = aux[kMovingMean].dptr_;
-  k.moving_var = aux[kMovingVar].dptr_;
-  if (param.cumulative_average) k.batches = aux[kBatches].dptr_;
-  k.y_request = ToRequest(req[0]);
-  k.y = out_data[0].dptr_;
+  NormalizeForwardParams p{};
+  p.type = ToDataType(x.type_flag_);
+  p.shape = ToFeatureShape(x.shape_, param.axis);
+  p.epsilon = param.eps;
+  p.momentum = param.use_batch_stats ? 1.0 : param.momentum;
+  p.fix_gamma = param.fix_gamma;
+  p.x = x.dptr_;
+  p.gamma = in_data[in_data.size() - 2].dptr_;
+  p.beta = in_data.back().dptr_;
+  p.moving_mean = aux[kMovingMean].dptr_;
+  p.moving_var = aux[kMovingVar].dptr_;
+  if (param.cumulative_average) p.batches = aux[kBatches].dptr_;
+  p.y_mode = ToWriteMode(req[0]);
+  p.y = out_data[0].dptr_;
   PreferHugePages(out_data[0]);
-  return k;
+  return p;
 }
 
-// All but the statistics and their gradients.
-template <typename Param>
-NormalizeBackward BackwardKernel(const Param& param, const Blobs& out_grad, const Blobs& in_data,
-                                 const Requests& req, const Blobs& in_grad, const Blobs& aux) {
+// Sets what NormalizeBackwardParams and LocalBackwardParams have in common, but for the statistics.
+template <typename BackwardParams, typename Param>
+BackwardParams ToBackwardParams(const Param& param, const Blobs& out_grad, const Blobs& in_data,
+                                const Requests& req, const Blobs& in_grad, const Blobs& aux) {
   const mxnet::TBlob& x = in_data.front();
   const std::size_t gamma = in_data.size() - 2, beta = in_data.size() - 1;
-  NormalizeBackward k{};
-  k.type = ToDataType(x.type_flag_);
-  k.shape = ToFeatureShape(x.shape_, param.axis);
-  k.epsilon = param.eps;
-  k.fix_gamma = param.fix_gamma;
-  k.dy = out_grad[0].dptr_;
-  k.x = x.dptr_;
-  k.gamma = in_data[gamma].dptr_;
-  k.moving_mean = aux[kMovingMean].dptr_;
-  k.moving_var = aux[kMovingVar].dptr_;
-  k.dx_request = ToRequest(req[0]);
-  k.dx = in_grad[0].dptr_;
+  BackwardParams p{};
+  p.type = ToDataType(x.type_flag_);
+  p.shape = ToFeatureShape(x.shape_, param.axis);
+  p.epsilon = param.eps;
+  p.fix_gamma = param.fix_gamma;
+  p.dy = out_grad[0].dptr_;
+  p.x = x.dptr_;
+  p.gamma = in_data[gamma].dptr_;
+  p.moving_mean = aux[kMovingMean].dptr_;
+  p.moving_var = aux[kMovingVar].dptr_;
   PreferHugePages(in_grad[0]);
-  k.gamma_request = ToRequest(req[gamma]);
-  k.gamma_grad = in_grad[gamma].dptr_;
-  k.beta_request = ToRequest(req[beta]);
-  k.beta_grad = in_grad[beta].dptr_;
-  return k;
+  p.gamma_grad_mode = ToWriteMode(req[gamma]);
+  p.gamma_grad = in_grad[gamma].dptr_;
+  p.beta_grad_mode = ToWriteMode(req[beta]);
+  p.beta_grad = in_grad[beta].dptr_;
+  return p;
 }
 
 // `Param` has axis and cumulative_average.
@@ -124,9 +123,9 @@ class BatchNormProperty : public ParameterizedProperty<Self, Param> {
     return {{in_data[0], out_data[0]}};
   }
 
-  // dy becomes the gradient of data.  MXNet 1.9.1 gives the first of several arguments the number
-  // of the last, and all others 0 (OpBackInplaceOption in src/nnvm/legacy_op_util.cc), so the
-  // gradient that it takes for argument 0 is the second here.
+  // The gradient of data may share memory with dy.  MXNet 1.9.1 numbers the gradients wrongly if
+  // there are several: the first gets the number of the last, and all others get 0
+  // (OpBackInplaceOption in src/nnvm/legacy_op_util.cc), so the second one here stands for data.
   std::vector<std::pair<int, void*>> BackwardInplaceOption(
       const std::vector<int>& out_grad, const std::vector<int>&, const std::vector<int>&,
       const std::vector<void*>& in_grad) const override {

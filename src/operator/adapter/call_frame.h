@@ -1,16 +1,15 @@
-// Whether MXNet may still be inside of its code around a call that has returned.
+// Whether MXNet may still be in its own code around a call that has returned.
 //
-// A call that completes lets its graph be freed by anyone, but after an asynchronous operator has
-// returned, MXNet writes to its own record of the call once more, and nothing tells when it has
-// done so.  Where the record is decides what is known:
+// Once a call is complete, its graph may be freed.  But after an asynchronous operator has
+// returned, MXNet writes to its record of the call once more, and does not say when it has.  What
+// is known depends on where the record is:
 //
-//   an imperative call   The record is a local variable of the thread that calls.  Nobody can take
-//                        it away, so the call may complete at any time.  (On a GPU MXNet then reads
-//                        one number that may be gone; it decides whether to wait for a stream.)
-//   a call of a graph    The record is the graph's.  Such a call always runs on a worker of its
-//                        device, which took it from the device's queue.  Once that thread comes to
-//                        an operation of ours from the queue again, or to another call, it has
-//                        left.
+//   imperative call   The record is a local variable of the calling thread and outlives the write,
+//                     so the call may complete at any time.  (On a GPU, MXNet then reads a number
+//                     that may be gone, to decide whether to wait for a stream.)
+//   call in a graph   The record belongs to the graph.  The call runs on a worker of its device,
+//                     which took it from the device's queue.  The worker has left the call once it
+//                     takes one of our operations from the queue, or makes another call.
 #pragma once
 
 #include <mxnet/operator.h>
@@ -25,19 +24,19 @@ namespace gluon_syncbn {
 
 class CallFrame {
  public:
-  // From the thread that is called, with the very context that MXNet gives.
+  // Call it in the operator, with the context object that MXNet passes (not a copy).
   explicit CallFrame(const mxnet::OpContext& context)
       : record_is_local_(OnThisStack(&context)), visits_(VisitsOfThisThread()), visit_(Visit()) {}
 
   bool RecordIsLocal() const { return record_is_local_; }
-  // From any thread.  What the caller's thread did in the frame happened before.
+  // May be called from any thread.  What the calling thread did in the frame happened before.
   bool Left() const { return record_is_local_ || visits_->load() != visit_; }
 
-  // From an operation of ours that this thread has taken from its device's queue.
+  // Call it in an operation of ours that this thread has taken from its device's queue.
   static std::uint64_t Visit() { return ++*VisitsOfThisThread(); }
 
  private:
-  // How often a thread has come to us.  Shared, because calls may outlive their thread.
+  // How often a thread has entered our code.  Shared, because calls may outlive their thread.
   using Visits = std::shared_ptr<std::atomic<std::uint64_t>>;
 
   static const Visits& VisitsOfThisThread() {
@@ -45,12 +44,12 @@ class CallFrame {
     return visits;
   }
 
-  // Whether it is a local variable of one of our callers.
+  // Whether `variable` is a local variable of one of our callers.
   static bool OnThisStack(const void* variable) {
     static thread_local const std::uintptr_t end = EndOfThisStack();
     const auto address = reinterpret_cast<std::uintptr_t>(variable);
     const auto here = reinterpret_cast<std::uintptr_t>(__builtin_frame_address(0));
-    constexpr std::size_t kCallers = 256 << 10;  // far more than MXNet's frames up to there take
+    constexpr std::size_t kCallers = 256 << 10;  // far more than MXNet's frames in between
     return address >= here && address - here < kCallers && address < end;
   }
 

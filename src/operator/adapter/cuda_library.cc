@@ -14,10 +14,10 @@
 namespace gluon_syncbn {
 namespace {
 
-// Opened once, for good: its functions may be running when the process ends.
+// The library is never closed: its functions may still be running when the process ends.
 void* OpenLibrary() {
   Dl_info here{};
-  dladdr(reinterpret_cast<void*>(&NeedCudaLibrary), &here);
+  dladdr(reinterpret_cast<void*>(&RequireCudaLibrary), &here);
   const std::string self = here.dli_fname == nullptr ? "" : here.dli_fname;
   const std::string path = self.substr(0, self.rfind('/') + 1) + "libgluon_syncbn_cuda.so";
   void* const library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
@@ -35,11 +35,11 @@ void* OpenLibrary() {
 
 template <typename Function>
 Function* Find(const char* name) {
-  static void* const library = OpenLibrary();  // when it throws, the next call tries again
+  static void* const library = OpenLibrary();  // if it throws, the next call tries again
   void* const function = dlsym(library, name);
   if (function == nullptr) {
     throw std::runtime_error(std::string("libgluon_syncbn_cuda.so has no ") + name +
-                             ": it is of another version than libgluon_syncbn.so; build again.");
+                             ": its version is not that of libgluon_syncbn.so; build again.");
   }
   return reinterpret_cast<Function*>(function);
 }
@@ -55,7 +55,7 @@ void Check(const char* error) {
     Check(function(__VA_ARGS__));                                                                \
   } while (false)
 
-// Nothing may be thrown into CUDA, which ends the process.
+// Throws nothing: an exception in a thread of CUDA's would end the process.
 void CallDone(void* data, const double* values, std::size_t count, const char* error) noexcept {
   const std::unique_ptr<ValuesRead> done(static_cast<ValuesRead*>(data));
   std::string why = error == nullptr ? "" : error;
@@ -71,25 +71,27 @@ void CallDone(void* data, const double* values, std::size_t count, const char* e
 
 }  // namespace
 
-void NeedCudaLibrary() {
+void RequireCudaLibrary() {
   Find<decltype(GluonSyncBNCudaMomentsForward)>("GluonSyncBNCudaMomentsForward");
 }
 
-void Run(const Gpu& gpu, const MomentsForward& kernel) { CALL_CUDA(MomentsForward, &gpu, &kernel); }
-void Run(const Gpu& gpu, const NormalizeForward& kernel) {
-  CALL_CUDA(NormalizeForward, &gpu, &kernel);
+void Run(const Gpu& gpu, const MomentsForwardParams& params) {
+  CALL_CUDA(MomentsForward, &gpu, &params);
 }
-void Run(const Gpu& gpu, const NormalizeBackward& kernel) {
-  CALL_CUDA(NormalizeBackward, &gpu, &kernel);
+void Run(const Gpu& gpu, const NormalizeForwardParams& params) {
+  CALL_CUDA(NormalizeForward, &gpu, &params);
 }
-void Run(const Gpu& gpu, const MomentsBackward& kernel) {
-  CALL_CUDA(MomentsBackward, &gpu, &kernel);
+void Run(const Gpu& gpu, const NormalizeBackwardParams& params) {
+  CALL_CUDA(NormalizeBackward, &gpu, &params);
 }
-void RunAlone(const Gpu& gpu, const NormalizeForward& kernel, double* statistics) {
-  CALL_CUDA(ForwardAlone, &gpu, &kernel, statistics);
+void Run(const Gpu& gpu, const MomentsBackwardParams& params) {
+  CALL_CUDA(MomentsBackward, &gpu, &params);
 }
-void RunAlone(const Gpu& gpu, const NormalizeBackward& kernel) {
-  CALL_CUDA(BackwardAlone, &gpu, &kernel);
+void RunLocal(const Gpu& gpu, const NormalizeForwardParams& params, double* statistics) {
+  CALL_CUDA(LocalForward, &gpu, &params, statistics);
+}
+void RunLocal(const Gpu& gpu, const LocalBackwardParams& params) {
+  CALL_CUDA(LocalBackward, &gpu, &params);
 }
 
 void ReadValues(int device, DataType type, const void* from, std::size_t count, ValuesRead done) {
@@ -98,9 +100,9 @@ void ReadValues(int device, DataType type, const void* from, std::size_t count, 
   data.release();  // CallDone deletes it
 }
 
-void WriteValues(const Gpu& gpu, DataType type, Request request, const std::vector<double>& from,
+void WriteValues(const Gpu& gpu, DataType type, WriteMode mode, const std::vector<double>& from,
                  void* to) {
-  CALL_CUDA(WriteValues, &gpu, type, request, from.data(), from.size(), to);
+  CALL_CUDA(WriteValues, &gpu, type, mode, from.data(), from.size(), to);
 }
 
 }  // namespace gluon_syncbn

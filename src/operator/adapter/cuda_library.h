@@ -1,8 +1,8 @@
-// libgluon_syncbn_cuda.so, the CUDA side, as libgluon_syncbn.so sees it.
+// libgluon_syncbn_cuda.so, the CUDA side, as libgluon_syncbn.so uses it.
 //
-// It is a library of its own, opened by the first operator on a GPU: nothing of CUDA is needed, or
-// touched, where there is no GPU, and the CPU side is the same with it and without it.  The kernels
-// of batch_norm_kernels.h for Gpu are defined here, as calls into it.
+// It is a library of its own, opened by the first operator on a GPU, so that machines without a GPU
+// need nothing of CUDA and the CPU side is the same with and without it.  cuda_library.cc defines
+// the GPU functions of batch_norm_kernels.h as calls into it.
 #pragma once
 
 #include <cstddef>
@@ -14,14 +14,14 @@
 
 namespace gluon_syncbn {
 
-// Throws where the library is missing, was built without CUDA, or does not load.
-void NeedCudaLibrary();
+// Throws std::runtime_error, which says what to do, if the library is missing or does not load.
+void RequireCudaLibrary();
 
-// See kernels/cuda/functions.h.  `done` gets the numbers, or why there are none.  What it throws when it
-// gets numbers, it gets as an error then.
+// See kernels/cuda/functions.h.  `done` gets the numbers, or the reason why there are none.  If it
+// throws when it gets the numbers, it is called again with the exception's message.
 using ValuesRead = std::function<void(std::vector<double> values, const std::string& error)>;
 void ReadValues(int device, DataType type, const void* from, std::size_t count, ValuesRead done);
-void WriteValues(const Gpu& gpu, DataType type, Request request, const std::vector<double>& from,
+void WriteValues(const Gpu& gpu, DataType type, WriteMode mode, const std::vector<double>& from,
                  void* to);
 
 }  // namespace gluon_syncbn

@@ -1,8 +1,8 @@
 // See fork_handlers.h.
 //
-// MXNet has installed its handlers when it was loaded, which was before us.  So before a fork ours
-// run first: exchanges are still under way, and MXNet waits for them next.  We must hold no lock
-// then. After a fork ours run last: the engine has its new workers.
+// MXNet installed its handlers when it was loaded, before us.  So before a fork ours run first, and
+// MXNet's then waits for exchanges that are under way: we must not hold a lock, not even to copy a
+// consistent state.  After a fork ours run last, when the engine has its new workers.
 #include "adapter/fork_handlers.h"
 
 #include <pthread.h>
@@ -16,7 +16,7 @@
 namespace gluon_syncbn {
 namespace {
 
-thread_local double timeout = 0.0;  // of the child that comes
+thread_local double timeout = 0.0;  // of the child that is about to be forked
 
 void BeforeFork() { timeout = ProcessBarrier()->Timeout(); }
 
@@ -30,7 +30,7 @@ void InChild() {
 }  // namespace
 
 void InstallForkHandlers() {
-  ProcessBarrier();  // made here, so that no fork comes upon it half made
+  ProcessBarrier();  // constructed here, so that no fork can interrupt its construction
   const int error = pthread_atfork(BeforeFork, InParent, InChild);
   if (error != 0) throw std::system_error(error, std::generic_category(), "pthread_atfork");
 }

@@ -1,9 +1,9 @@
-// What a fork of the process means for the state that this library keeps.
+// Keeps the state of this library usable in the parent and the child of a fork.
 #pragma once
 
 namespace gluon_syncbn {
 
-// Once, when the library is loaded.
+// Call once, when the library is loaded.
 void InstallForkHandlers();
 
 }  // namespace gluon_syncbn

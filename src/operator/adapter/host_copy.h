@@ -1,4 +1,4 @@
-// Small arrays of an operator on their way to the exchange and back, whatever their device.
+// Copies of an operator's small arrays for the exchange, and of its results to them, on any device.
 #pragma once
 
 #include <mxnet/operator.h>
@@ -11,11 +11,13 @@
 #include "adapter/cuda_library.h"
 #include "adapter/operator_device.h"
 #include "adapter/operator_util.h"
+#include "kernels/batch_norm_math.h"
 
 namespace gluon_syncbn {
 
-// Calls done(values, error): now on the CPU, when they have come on a GPU.  `error` is empty, or
-// says why there are no values.
+// Calls done(values, error) with a float32 or float64 array as float64: on the CPU before it
+// returns, on a GPU from another thread when they have arrived.  `error` is empty, or says why
+// there are no values.
 template <typename Done>
 void ReadValues(const mxnet::Context& context, const mxnet::TBlob& from, const Done& done) {
   if (OnGpu(context)) {
@@ -30,23 +32,22 @@ void ReadValues(const mxnet::Context& context, const mxnet::TBlob& from, const D
 }
 
 template <typename T>
-void WriteTyped(mxnet::OpReqType req, const std::vector<double>& from, T* to) {
-  const bool add = req == mxnet::kAddTo;
-  for (std::size_t i = 0; i < from.size(); ++i) {
-    to[i] = static_cast<T>(add ? to[i] + from[i] : from[i]);
-  }
+void WriteTyped(WriteMode mode, const std::vector<double>& from, T* to) {
+  for (std::size_t i = 0; i < from.size(); ++i) Store(mode, to + i, from[i]);
 }
 
-// On a GPU from one of its workers only: `run` must have a stream.
+// Writes `from` to a float32 or float64 array.  On a GPU call it from one of the device's workers,
+// because `run` must have a stream.
 inline void WriteValues(const mxnet::RunContext& run, const std::vector<double>& from,
                         mxnet::OpReqType req, const mxnet::TBlob& to) {
-  if (req == mxnet::kNullOp) return;
+  const WriteMode mode = ToWriteMode(req);
+  if (mode == WriteMode::kSkip) return;
   if (OnGpu(run.ctx)) {
-    WriteValues(ToGpu(run), ToDataType(to.type_flag_), ToRequest(req), from, to.dptr_);
+    WriteValues(ToGpu(run), ToDataType(to.type_flag_), mode, from, to.dptr_);
   } else if (to.type_flag_ == mshadow::kFloat64) {
-    WriteTyped(req, from, to.dptr<double>());
+    WriteTyped(mode, from, to.dptr<double>());
   } else {
-    WriteTyped(req, from, to.dptr<float>());
+    WriteTyped(mode, from, to.dptr<float>());
   }
 }
 

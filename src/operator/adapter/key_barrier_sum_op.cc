@@ -1,11 +1,11 @@
-// The key-barrier sum as MXNet operators, the only asynchronous ones.
+// The exchange as MXNet operators, the only asynchronous ones.
 //
 //   _contrib_KeyBarrierSum   for users: the sum over all devices, in any mode, differentiable
-//   _syncbn_sum              for SyncBatchNorm: only in training, in order
+//   _syncbn_sum              for SyncBatchNorm: merges statistics in training, passes them on
+//                            otherwise
 //
-// Both return at once and complete when the round does.  They run in whichever thread finds them
-// ready, so they must be cheap: they send a small array into the barrier, and a sum comes out of
-// it.
+// Both return at once, and complete when their round does.  MXNet runs them in whichever thread
+// finds them ready, so they do little: they send a small array to the barrier and write the result.
 #include <algorithm>
 #include <exception>
 #include <functional>
@@ -33,17 +33,17 @@ struct KeyBarrierSumParam : public dmlc::Parameter<KeyBarrierSumParam> {
   int call;
   DMLC_DECLARE_PARAMETER(KeyBarrierSumParam) {
     DMLC_DECLARE_FIELD(key).describe(
-        "The name under which the devices meet. Calls on one device must come in the same order "
-        "on every device.");
+        "The name of the exchange. Its calls must have the same order on every device.");
     DMLC_DECLARE_FIELD(num_devices)
         .set_default(0)
         .set_lower_bound(0)
         .describe(
-            "How many devices take part; it must be given. (In _syncbn_sum 0 is what "
-            "ModelDataParallel says, outside of one the number of visible GPUs, or 1.)");
+            "How many devices take part; required. (In _syncbn_sum, 0 stands for the number of "
+            "devices of the ModelDataParallel, and outside of one for the number of visible GPUs, "
+            "or 1 if there is none.)");
     DMLC_DECLARE_FIELD(call).set_default(0).describe(
-        "Tells apart several uses of one key in one graph, which may run in any order. Where a "
-        "Block is traced they are numbered; in a symbol of your own, number them.");
+        "Tells apart several uses of one key in one graph, which may run in any order. They are "
+        "numbered when a Block is traced; in a symbol of your own, number them.");
   }
 };
 
@@ -59,53 +59,62 @@ int NumDevices(const KeyBarrierSumParam& param) {
   return param.num_devices > 0 ? param.num_devices : std::max(VisibleGpus(), 1);
 }
 
-// What the program is told of a round that failed: the cause, where it is known, comes first.
-std::string Explain(const Outcome& outcome, const std::string& kind) {
-  if (!outcome.expired) return outcome.error;
+// The message of a round that failed, with advice in the terms of MXNet and of the layer, which the
+// exchange does not know.  A known cause comes first.
+std::string Explain(const Result& result, const std::string& kind) {
+  switch (result.failure) {
+    case Failure::kDifferentMerge:
+      return result.error + " Give a KeyBarrierSum and a SyncBatchNorm layer different keys.";
+    case Failure::kDifferentLength:
+      return result.error + " For a SyncBatchNorm layer: the same number of channels.";
+    case Failure::kDeadline:
+      break;
+    default:
+      return result.error;
+  }
   const std::string checks =
       "that every device runs this layer equally often in every step and that num_devices is the "
-      "number of devices that do. A longer deadline: GLUON_SYNCBN_TIMEOUT or "
+      "number of devices that do. For a longer deadline, set GLUON_SYNCBN_TIMEOUT or call "
       "gluon_syncbn.set_timeout.";
-  if (!outcome.shared_origin || kind != "cpu") return outcome.error + " Check " + checks;
-  return "One thread ran several CPU devices that wait for each other, which can last for ever: "
-         "MXNet's CPU contexts share temporary space within a thread. Call the network through "
-         "ModelDataParallel and take gradients with parallel_backward, which have a thread for "
-         "each "
+  if (!result.shared_sender || kind != "cpu") return result.error + " Check " + checks;
+  return "One thread ran several CPU devices that wait for each other, which can deadlock: MXNet's "
+         "CPU contexts share temporary space within a thread. Call the network through "
+         "ModelDataParallel and take gradients with parallel_backward, which use a thread per "
          "device (or start with MXNET_CPU_TEMP_COPY=1000 in the environment, which costs "
          "memory). " +
-         outcome.error + " If that is not the cause, check " + checks;
+         result.error + " If that is not the cause, check " + checks;
 }
 
-// NaiveEngine runs everything in the thread that pushes it, and aborts the process when an operator
-// does not complete before it returns.
+// NaiveEngine runs every operation in the thread that pushes it, and aborts the process if an
+// operator has not completed when it returns.
 bool NaiveEngine() {
   static const bool naive = dmlc::GetEnv("MXNET_ENGINE_TYPE", std::string()) == "NaiveEngine";
   return naive;
 }
 constexpr char kUnsetNaive[] = "unset MXNET_ENGINE_TYPE";
 
-// `only_counted`: merge statistics, as SyncBatchNorm has them, where they were measured at all.
+// `merge`: kSum for _contrib_KeyBarrierSum, kMoments for _syncbn_sum.
 class KeyBarrierSumOp : public mxnet::Operator {
  public:
-  KeyBarrierSumOp(const KeyBarrierSumParam& param, const mxnet::Context& context, bool only_counted)
+  KeyBarrierSumOp(const KeyBarrierSumParam& param, const mxnet::Context& context, Merge merge)
       : param_(param),
         participant_(Participant(context)),
         kind_(Kind(context)),
         name_(ContextName(context)),
-        only_counted_(only_counted) {
-    NeedDevice(context);
+        merge_(merge) {
+    RequireDevice(context);
     const std::hash<std::thread::id> number;
-    barrier_->NoteOrigin(param_.key, participant_, number(std::this_thread::get_id()));
-    // Made where the program calls it, run when its input is ready: the turn keeps the order of
-    // the program.  An executor is bound long before it runs, if ever, so it takes no turn, and a
-    // layer's calls are kept in order by the engine, see SyncBNSumProperty.
+    barrier_->SetSender(param_.key, participant_, number(std::this_thread::get_id()));
+    // The operator is created when the program calls it, and runs when its input is ready: the
+    // ticket keeps the program's order.  An executor may run long after it is bound, if ever, so it
+    // takes no ticket; the engine keeps the calls of a layer in order (SyncBNSumProperty).
     const CallScope& call = CurrentCall();
-    if (only_counted_ || !call.active) return;
+    if (ForLayer() || !call.active) return;
     pass_ = call.pass;
-    turn_ = barrier_->Reserve(param_.key, param_.call, participant_);
+    ticket_ = barrier_->TakeTicket(param_.key, param_.call, participant_);
   }
   ~KeyBarrierSumOp() override {
-    if (turn_ != 0) barrier_->Release(param_.key, param_.call, participant_, turn_);
+    if (ticket_ != 0) barrier_->ReturnTicket(param_.key, param_.call, participant_, ticket_);
   }
 
   void Forward(const mxnet::OpContext& ctx, const std::vector<mxnet::TBlob>& in_data,
@@ -122,7 +131,9 @@ class KeyBarrierSumOp : public mxnet::Operator {
   }
 
  private:
-  // The engine keeps this operator, and the memory of `from` and `to`, until the completion.
+  bool ForLayer() const { return merge_ == Merge::kMoments; }
+
+  // The engine keeps this operator and the memory of `from` and `to` until the call completes.
   void Exchange(const mxnet::OpContext& ctx, const mxnet::TBlob& from, mxnet::OpReqType req,
                 const mxnet::TBlob& to, bool forward) {
     const bool gpu = OnGpu(ctx.run_ctx.ctx), training = ctx.is_train;
@@ -131,11 +142,11 @@ class KeyBarrierSumOp : public mxnet::Operator {
     if (forward) BeginForward();
     const int num_devices = round_devices_;
     const auto call = std::make_shared<AsynchronousCall>(ctx, req, to);
-    if (gpu) call->NeedWorker();
+    if (gpu) call->StartWorker();
     ReadValues(ctx.run_ctx.ctx, from, [=](std::vector<double> values, const std::string& error) {
       if (!error.empty()) return call->Fail(error);
-      // In inference nobody waits, also where a layer measures its batch (use_batch_stats).
-      if (forward) exchanged_ = (training || !only_counted_) && IsExchanged(values, num_devices);
+      // A layer exchanges nothing in inference, even if it computes statistics (use_batch_stats).
+      if (forward) exchanged_ = (training || !ForLayer()) && IsExchanged(values, num_devices);
       if (!exchanged_) return call->Succeed(std::move(values));
       if (forward) {
         ArriveForward(std::move(values), call);
@@ -144,14 +155,14 @@ class KeyBarrierSumOp : public mxnet::Operator {
       }
     });
     static const int cores = static_cast<int>(std::thread::hardware_concurrency());
-    call->Leave(!gpu && num_devices <= cores);  // with more, the others need this core
+    call->Return(!gpu && num_devices <= cores);  // with more, the others need this core
     // `this` may be gone now.
   }
 
   void BeginForward() {
     round_devices_ = NumDevices(param_);
-    if (!only_counted_) {
-      if (turn_ == 0) pass_ = 0;  // made in an earlier pass: a graph with static_shape
+    if (!ForLayer()) {
+      if (ticket_ == 0) pass_ = 0;  // created in an earlier pass: a graph with static_shape
       return;
     }
     const Pass pass = barrier_->PassOf(param_.key, participant_);
@@ -160,11 +171,11 @@ class KeyBarrierSumOp : public mxnet::Operator {
   }
 
   bool IsExchanged(const std::vector<double>& values, int num_devices) const {
-    if (only_counted_ && !IsMeasured(values.back())) return false;
+    if (ForLayer() && !HasStatistics(values.back())) return false;
     if (!NaiveEngine()) return true;
     if (num_devices == 1) return false;
-    Raise("NaiveEngine runs one operator at a time, so ", num_devices, " devices can never meet; ",
-          kUnsetNaive, ", or use num_devices=1.");
+    Raise("NaiveEngine runs one operator at a time, so ", num_devices,
+          " devices cannot exchange anything; ", kUnsetNaive, ", or use num_devices=1.");
   }
 
   Arrival NewArrival(std::vector<double> values) const {
@@ -177,34 +188,35 @@ class KeyBarrierSumOp : public mxnet::Operator {
     arrival.name = name_;
     arrival.num_devices = round_devices_;
     arrival.values = std::move(values);
+    arrival.merge = Merge::kSum;
     return arrival;
   }
 
   void ArriveForward(std::vector<double> values, const std::shared_ptr<AsynchronousCall>& call) {
     Arrival arrival = NewArrival(std::move(values));
-    // A bare KeyBarrierSum may have been made in a pass on one device and before it on another.
-    arrival.lane = only_counted_ ? pass_ : 0;
-    arrival.turn = turn_;
-    turn_ = 0;
-    if (only_counted_) arrival.merge = Merge::kMoments;
-    barrier_->Arrive(std::move(arrival), [this, call](const Outcome& outcome) {
-      round_ = outcome.round;
-      round_devices_ = outcome.num_devices;
-      Finish(call, outcome);
+    // A bare KeyBarrierSum may have been created in a pass on one device and before it on another.
+    arrival.phase = ForLayer() ? pass_ : 0;
+    arrival.ticket = ticket_;
+    ticket_ = 0;
+    arrival.merge = merge_;
+    barrier_->Arrive(std::move(arrival), [this, call](const Result& result) {
+      round_ = result.round;
+      round_devices_ = result.num_devices;
+      Finish(call, result);
     });
   }
 
   void ArriveBackward(std::vector<double> values, const std::shared_ptr<AsynchronousCall>& call) {
     Arrival arrival = NewArrival(std::move(values));
-    arrival.lane = round_;
+    arrival.phase = round_;
     arrival.backward = true;
     barrier_->Arrive(std::move(arrival),
-                     [this, call](const Outcome& outcome) { Finish(call, outcome); });
+                     [this, call](const Result& result) { Finish(call, result); });
   }
 
-  void Finish(const std::shared_ptr<AsynchronousCall>& call, const Outcome& outcome) const {
-    if (outcome.total == nullptr) return call->Fail(Explain(outcome, kind_));
-    call->Succeed(*outcome.total);
+  void Finish(const std::shared_ptr<AsynchronousCall>& call, const Result& result) const {
+    if (result.total == nullptr) return call->Fail(Explain(result, kind_));
+    call->Succeed(*result.total);
   }
 
   const std::shared_ptr<KeyBarrier> barrier_ = ProcessBarrier();
@@ -212,11 +224,11 @@ class KeyBarrierSumOp : public mxnet::Operator {
   const std::uint64_t participant_;
   const char* const kind_;
   const std::string name_;
-  const bool only_counted_;
-  // What the last forward was, for its backward: with the devices that took part, and no others.
-  // The engine never runs two calls of one operator state at a time.
+  const Merge merge_;
+  // Of the last forward, for its backward, which joins the same devices.  The engine never runs two
+  // calls of one operator state at a time.
   bool exchanged_ = true;
-  std::uint64_t turn_ = 0;  // until the first forward has used it
+  std::uint64_t ticket_ = 0;  // until the first forward has used it
   std::uint64_t pass_ = 0;
   std::uint64_t round_ = 0;
   int round_devices_ = 0;
@@ -270,18 +282,19 @@ class KeyBarrierSumProperty : public BarrierProperty<KeyBarrierSumProperty> {
   }
   std::string TypeString() const override { return "_contrib_KeyBarrierSum"; }
   mxnet::Operator* CreateOperator(mxnet::Context context) const override {
-    return new KeyBarrierSumOp(param_, context, false);
+    return new KeyBarrierSumOp(param_, context, Merge::kSum);
   }
 };
 
-// The moving mean is an auxiliary state that this operator does not touch.  It is there so that
-// the engine keeps the calls of one layer on one device in order.  (A graph with static_shape hides
-// from the engine that auxiliary states are written; there, `call` tells a layer's uses apart.)
+// The moving mean is an auxiliary state that this operator does not touch.  To the engine it is
+// written, so the calls of a layer on one device run one after the other, in the program's order.
+// (With static_shape, MXNet does not tell the engine of auxiliary states that a graph writes;
+// there, `call` tells a layer's uses apart.)
 class SyncBNSumProperty : public BarrierProperty<SyncBNSumProperty> {
  public:
   std::string TypeString() const override { return "_syncbn_sum"; }
   mxnet::Operator* CreateOperator(mxnet::Context context) const override {
-    return new KeyBarrierSumOp(param_, context, true);
+    return new KeyBarrierSumOp(param_, context, Merge::kMoments);
   }
   std::vector<std::string> ListArguments() const override { return {"statistics"}; }
   std::vector<std::string> ListAuxiliaryStates() const override { return {"moving_mean"}; }
@@ -297,7 +310,7 @@ class SyncBNSumProperty : public BarrierProperty<SyncBNSumProperty> {
 
   bool InferType(std::vector<int>* in, std::vector<int>* out,
                  std::vector<int>* aux) const override {
-    aux->resize(1, -1);  // _syncbn_normalize, which writes it, says which type
+    aux->resize(1, -1);  // its type is inferred from _syncbn_normalize
     return BarrierProperty::InferType(in, out, aux);
   }
 };
@@ -308,18 +321,19 @@ using mxnet::OperatorPropertyReg;
 MXNET_REGISTER_OP_PROPERTY(_contrib_KeyBarrierSum, KeyBarrierSumProperty)
     .describe(R"doc(Sum over all devices that call this operator with the same key.
 
-Every one of `num_devices` devices brings an array of the same shape and gets the sum over all of
-them. The call is asynchronous: no thread waits, so devices may come in any order. The sum is taken
-in float64 and in a fixed order of devices, so it is the same on every run. Its gradient is the sum
-of the gradients. A device that does not come within the deadline (`GLUON_SYNCBN_TIMEOUT` seconds,
-default 120) fails the call on every device that did.)doc")
-    .add_argument("data", "NDArray-or-Symbol", "What this device brings: float32 or float64.")
+An all-reduce: each of `num_devices` devices contributes an array of the same shape and gets the sum
+of all. The call is asynchronous: no thread waits, so devices may arrive in any order. The sum is
+taken in float64 and in a fixed order of devices, so it is the same, bit for bit, on every run. Its
+gradient is the sum of the gradients. If a device does not arrive within the timeout
+(`GLUON_SYNCBN_TIMEOUT` seconds, by default 120), the call fails on every device that did.)doc")
+    .add_argument("data", "NDArray-or-Symbol", "This device's contribution: float32 or float64.")
     .add_arguments(KeyBarrierSumParam::__FIELDS__());
 
 MXNET_REGISTER_OP_PROPERTY(_syncbn_sum, SyncBNSumProperty)
     .describe("Part of gluon_syncbn's synchronized batch normalization: the exchange.")
-    .add_argument("statistics", "NDArray-or-Symbol", "What _syncbn_moments measured.")
-    .add_argument("moving_mean", "NDArray-or-Symbol", "Orders the calls of a layer.")
+    .add_argument("statistics", "NDArray-or-Symbol", "The statistics from _syncbn_moments.")
+    .add_argument("moving_mean", "NDArray-or-Symbol",
+                  "Not used; it keeps the calls of a layer in order.")
     .add_arguments(KeyBarrierSumParam::__FIELDS__());
 
 }  // namespace

@@ -1,11 +1,12 @@
-// _syncbn_moments: the statistics of one device's share, and the last step of the backward pass.
+// _syncbn_moments: step 1 of forward, and step 2 of backward.
 //
-//   forward   data -> data handed through, statistics, coefficients (a way back, see below)
-//   backward  dy, the exchanged sums, A and mean -> gradient of data
+//   forward   data -> data, statistics of this device's shard, backward_context (not written)
+//   backward  dy, the backward sums of all devices, gamma * invstd and the mean -> gradient of data
 //
-// The data travel through so that the gradient of the first output is dy itself, handed through by
-// _syncbn_normalize; the coefficients are an output whose gradient brings what is local, past the
-// exchange.  docs/architecture.md has the picture.
+// _syncbn_normalize computes its gradients first, and passes on to this operator what it needs, as
+// the gradients of its outputs.  Data are passed through in order to receive dy; backward_context
+// is an output for the sake of its gradient alone, which brings the numbers that are not exchanged.
+// docs/architecture.md has the picture.
 #include <string>
 #include <utility>
 #include <vector>
@@ -18,7 +19,7 @@
 namespace gluon_syncbn {
 namespace {
 
-enum Outputs { kOutput, kStatistics, kCoefficients };
+enum Outputs { kOutput, kStatistics, kBackwardContext };
 
 struct MomentsParam : public dmlc::Parameter<MomentsParam> {
   int axis;
@@ -27,30 +28,30 @@ struct MomentsParam : public dmlc::Parameter<MomentsParam> {
     DMLC_DECLARE_FIELD(axis).set_default(1).describe("The channel axis; negative from the end.");
     DMLC_DECLARE_FIELD(use_batch_stats)
         .set_default(false)
-        .describe("Measure in inference, too; there nothing is exchanged.");
+        .describe("Compute statistics in inference as well, where nothing is exchanged.");
   }
 };
 
 class MomentsOp : public mxnet::Operator {
  public:
   MomentsOp(const MomentsParam& param, const mxnet::Context& context) : param_(param) {
-    NeedDevice(context);
+    RequireDevice(context);
   }
 
-  // The coefficients are not written: nobody reads them, only their gradient means something.
+  // backward_context is not written, because nothing reads it.
   void Forward(const mxnet::OpContext& ctx, const std::vector<mxnet::TBlob>& in_data,
                const std::vector<mxnet::OpReqType>& req, const std::vector<mxnet::TBlob>& out_data,
                const std::vector<mxnet::TBlob>&) override {
     const mxnet::TBlob& x = in_data[0];
-    MomentsForward k{};
-    k.type = ToDataType(x.type_flag_);
-    k.shape = ToFeatureShape(x.shape_, param_.axis);
-    k.x = x.dptr_;
-    k.copy = req[kOutput] == mxnet::kNullOp ? nullptr : out_data[kOutput].dptr_;
-    k.measure = ctx.is_train || param_.use_batch_stats;
-    k.statistics = out_data[kStatistics].dptr<double>();
+    MomentsForwardParams p{};
+    p.type = ToDataType(x.type_flag_);
+    p.shape = ToFeatureShape(x.shape_, param_.axis);
+    p.x = x.dptr_;
+    p.copy = req[kOutput] == mxnet::kNullOp ? nullptr : out_data[kOutput].dptr_;
+    p.compute_statistics = ctx.is_train || param_.use_batch_stats;
+    p.statistics = out_data[kStatistics].dptr<double>();
     PreferHugePages(out_data[kOutput]);
-    OnDevice(ctx, [&](const auto& device) { Run(device, k); });
+    OnDevice(ctx, [&](const auto& device) { Run(device, p); });
   }
 
   void Backward(const mxnet::OpContext& ctx, const std::vector<mxnet::TBlob>& out_grad,
@@ -58,17 +59,17 @@ class MomentsOp : public mxnet::Operator {
                 const std::vector<mxnet::OpReqType>& req, const std::vector<mxnet::TBlob>& in_grad,
                 const std::vector<mxnet::TBlob>&) override {
     const mxnet::TBlob& x = out_data[kOutput];
-    MomentsBackward k{};
-    k.type = ToDataType(x.type_flag_);
-    k.shape = ToFeatureShape(x.shape_, param_.axis);
-    k.dy = out_grad[kOutput].dptr_;
-    k.x = x.dptr_;
-    k.statistics_grad = out_grad[kStatistics].dptr<double>();
-    k.coefficients_grad = out_grad[kCoefficients].dptr<double>();
-    k.dx_request = ToRequest(req[0]);
-    k.dx = in_grad[0].dptr_;
+    MomentsBackwardParams p{};
+    p.type = ToDataType(x.type_flag_);
+    p.shape = ToFeatureShape(x.shape_, param_.axis);
+    p.dy = out_grad[kOutput].dptr_;
+    p.x = x.dptr_;
+    p.backward_sums = out_grad[kStatistics].dptr<double>();
+    p.backward_context = out_grad[kBackwardContext].dptr<double>();
+    p.dx_mode = ToWriteMode(req[0]);
+    p.dx = in_grad[0].dptr_;
     PreferHugePages(in_grad[0]);
-    OnDevice(ctx, [&](const auto& device) { Run(device, k); });
+    OnDevice(ctx, [&](const auto& device) { Run(device, p); });
   }
 
  private:
@@ -83,7 +84,7 @@ class MomentsProperty : public ParameterizedProperty<MomentsProperty, MomentsPar
   }
 
   std::vector<std::string> ListOutputs() const override {
-    return {"output", "statistics", "coefficients"};
+    return {"output", "statistics", "backward_context"};
   }
 
   bool InferShape(mxnet::ShapeVector* in, mxnet::ShapeVector* out,
@@ -97,7 +98,7 @@ class MomentsProperty : public ParameterizedProperty<MomentsProperty, MomentsPar
     if (mxnet::dim_size_is_known(channels)) {
       const auto c = static_cast<std::size_t>(channels);
       out->at(kStatistics) = StatisticsShape(c);
-      out->at(kCoefficients) = VectorShape(CoefficientsSize(c));
+      out->at(kBackwardContext) = VectorShape(BackwardContextSize(c));
     }
     return mxnet::shape_is_known(data);
   }
@@ -108,27 +109,28 @@ class MomentsProperty : public ParameterizedProperty<MomentsProperty, MomentsPar
     aux->clear();
     Unify(&in->at(0), &out->at(kOutput), "data");
     out->at(kStatistics) = mshadow::kFloat64;
-    out->at(kCoefficients) = mshadow::kFloat64;
+    out->at(kBackwardContext) = mshadow::kFloat64;
     if (in->at(0) == -1) return false;
     ToDataType(in->at(0));  // throws for integers
     return true;
   }
 
-  // Of the data, the backward pass reads the output: the input is then free to become it.
+  // Backward reads the output instead of the data, so that both can share memory.
   std::vector<int> DeclareBackwardDependency(const std::vector<int>& out_grad,
                                              const std::vector<int>&,
                                              const std::vector<int>& out_data) const override {
-    return {out_grad[kOutput], out_grad[kStatistics], out_grad[kCoefficients], out_data[kOutput]};
+    return {out_grad[kOutput], out_grad[kStatistics], out_grad[kBackwardContext],
+            out_data[kOutput]};
   }
 
   std::vector<std::pair<int, void*>> ForwardInplaceOption(
       const std::vector<int>& in_data, const std::vector<void*>& out_data) const override {
-    if (!HandInPlace()) return {};
+    if (!AliasInput()) return {};
     return {{in_data[0], out_data[kOutput]}};
   }
 
-  // MXNet numbers the entries wrongly where there are several (see docs/architecture.md), but the
-  // first of the output gradients, and the only argument, come out right.
+  // MXNet numbers the entries wrongly if there are several (see batch_norm_property.h), but the
+  // first output gradient and the only argument get the right numbers.
   std::vector<std::pair<int, void*>> BackwardInplaceOption(
       const std::vector<int>& out_grad, const std::vector<int>&, const std::vector<int>&,
       const std::vector<void*>& in_grad) const override {

@@ -1,8 +1,10 @@
-// _syncbn_normalize: normalization, the moving statistics, and the sums of the backward pass.
+// _syncbn_normalize: step 2 of forward, and step 1 of backward.
 //
-//   forward   data, statistics over all devices, gamma, beta -> output; moves the moving statistics
-//   backward  dy -> dy handed through, this device's part of the backward sums, A and the mean,
-//             and the gradients of gamma and beta
+//   forward   data, statistics of all devices, backward_context (not read), gamma, beta -> output;
+//             updates the moving statistics
+//   backward  dy -> dy as the gradient of data, this device's backward sums as that of the
+//             statistics, gamma * invstd and the mean as that of backward_context, and the
+//             gradients of gamma and beta
 #include <string>
 #include <vector>
 
@@ -12,7 +14,7 @@
 namespace gluon_syncbn {
 namespace {
 
-enum Arguments { kData, kStatistics, kCoefficients, kGamma, kBeta };
+enum Arguments { kData, kStatistics, kBackwardContext, kGamma, kBeta };
 
 struct NormalizeParam : public dmlc::Parameter<NormalizeParam> {
   int axis;
@@ -25,50 +27,56 @@ struct NormalizeParam : public dmlc::Parameter<NormalizeParam> {
     DMLC_DECLARE_FIELD(axis).set_default(1).describe("The channel axis; negative from the end.");
     DMLC_DECLARE_FIELD(eps).set_default(1e-5).describe("Added to the variance.");
     DMLC_DECLARE_FIELD(momentum).set_default(0.9).describe(
-        "How much the moving statistics keep of what they were.");
+        "The weight of the old moving statistics in the new ones.");
     DMLC_DECLARE_FIELD(cumulative_average)
         .set_default(false)
         .describe(
-            "Let the moving statistics be the average over all batches so far, which a third "
-            "auxiliary state counts, whatever the momentum.");
+            "Ignore the momentum: the moving statistics are the average over all batches so far, "
+            "which a third auxiliary state counts.");
     DMLC_DECLARE_FIELD(fix_gamma).set_default(false).describe("Treat gamma as 1.");
     DMLC_DECLARE_FIELD(use_batch_stats)
         .set_default(false)
         .describe(
-            "Normalize by the batch's own statistics in inference, too, and leave the moving "
-            "statistics as they are.");
+            "Normalize by the batch's own statistics in inference as well, and do not update the "
+            "moving statistics.");
   }
 };
 
 class NormalizeOp : public mxnet::Operator {
  public:
   NormalizeOp(const NormalizeParam& param, const mxnet::Context& context) : param_(param) {
-    NeedDevice(context);
+    RequireDevice(context);
   }
 
   void Forward(const mxnet::OpContext& ctx, const Blobs& in_data, const Requests& req,
                const Blobs& out_data, const Blobs& aux) override {
-    NormalizeForward k = ForwardKernel(param_, in_data, req, out_data, aux);
-    k.statistics = in_data[kStatistics].dptr<double>();
-    OnDevice(ctx, [&](const auto& device) { Run(device, k); });
+    auto p = ToForwardParams(param_, in_data, req, out_data, aux);
+    p.statistics = in_data[kStatistics].dptr<double>();
+    OnDevice(ctx, [&](const auto& device) { Run(device, p); });
   }
 
   void Backward(const mxnet::OpContext& ctx, const Blobs& out_grad, const Blobs& in_data,
                 const Blobs&, const Requests& req, const Blobs& in_grad,
                 const Blobs& aux) override {
-    NormalizeBackward k = BackwardKernel(param_, out_grad, in_data, req, in_grad, aux);
-    // What _syncbn_moments gets back has one consumer, so nothing is ever added to it.
-    if (k.dx_request == Request::kAdd) Raise("_syncbn_normalize: its data have one consumer.");
-    k.statistics = in_data[kStatistics].dptr<double>();
-    k.statistics_grad = Plain(req[kStatistics], in_grad[kStatistics]);
-    k.coefficients_grad = Plain(req[kCoefficients], in_grad[kCoefficients]);
-    OnDevice(ctx, [&](const auto& device) { Run(device, k); });
+    auto p =
+        ToBackwardParams<NormalizeBackwardParams>(param_, out_grad, in_data, req, in_grad, aux);
+    p.statistics = in_data[kStatistics].dptr<double>();
+    p.dy_copy = ToWrite(req[kData], in_grad[kData]);
+    p.backward_sums = static_cast<double*>(ToWrite(req[kStatistics], in_grad[kStatistics]));
+    p.backward_context =
+        static_cast<double*>(ToWrite(req[kBackwardContext], in_grad[kBackwardContext]));
+    OnDevice(ctx, [&](const auto& device) { Run(device, p); });
   }
 
  private:
-  static double* Plain(mxnet::OpReqType req, const mxnet::TBlob& grad) {
-    if (req == mxnet::kAddTo) Raise("_syncbn_normalize: its statistics have one consumer.");
-    return req == mxnet::kNullOp ? nullptr : grad.dptr<double>();
+  // The gradient's memory, or null if MXNet does not want it.  These arguments are outputs of
+  // _syncbn_moments and _syncbn_sum that have no other consumer, so MXNet never accumulates here.
+  static void* ToWrite(mxnet::OpReqType req, const mxnet::TBlob& grad) {
+    if (req == mxnet::kAddTo) {
+      Raise(
+          "_syncbn_normalize: data, statistics and backward_context must have no other consumer.");
+    }
+    return req == mxnet::kNullOp ? nullptr : grad.dptr_;
   }
 
   const NormalizeParam param_;
@@ -82,7 +90,7 @@ class NormalizeProperty : public BatchNormProperty<NormalizeProperty, NormalizeP
   }
 
   std::vector<std::string> ListArguments() const override {
-    return {"data", "statistics", "coefficients", "gamma", "beta"};
+    return {"data", "statistics", "backward_context", "gamma", "beta"};
   }
 
   bool InferShape(mxnet::ShapeVector* in, mxnet::ShapeVector* out,
@@ -91,9 +99,9 @@ class NormalizeProperty : public BatchNormProperty<NormalizeProperty, NormalizeP
     if (mxnet::shape_is_known(in->at(kGamma))) {
       const auto channels = static_cast<std::size_t>(in->at(kGamma)[0]);
       mxnet::TShape statistics = StatisticsShape(channels);
-      mxnet::TShape coefficients = VectorShape(CoefficientsSize(channels));
+      mxnet::TShape context = VectorShape(BackwardContextSize(channels));
       Unify(&statistics, &in->at(kStatistics), "statistics");
-      Unify(&coefficients, &in->at(kCoefficients), "coefficients");
+      Unify(&context, &in->at(kBackwardContext), "backward_context");
     }
     return known;
   }
@@ -101,7 +109,7 @@ class NormalizeProperty : public BatchNormProperty<NormalizeProperty, NormalizeP
   bool InferType(std::vector<int>* in, std::vector<int>* out,
                  std::vector<int>* aux) const override {
     in->at(kStatistics) = mshadow::kFloat64;
-    in->at(kCoefficients) = mshadow::kFloat64;
+    in->at(kBackwardContext) = mshadow::kFloat64;
     return BatchNormProperty::InferType(in, out, aux);
   }
 
@@ -117,9 +125,10 @@ DMLC_REGISTER_PARAMETER(NormalizeParam);
 using mxnet::OperatorPropertyReg;
 MXNET_REGISTER_OP_PROPERTY(_syncbn_normalize, NormalizeProperty)
     .describe("Part of gluon_syncbn's synchronized batch normalization: normalization.")
-    .add_argument("data", "NDArray-or-Symbol", "What _syncbn_moments hands through.")
-    .add_argument("statistics", "NDArray-or-Symbol", "The statistics, summed over all devices.")
-    .add_argument("coefficients", "NDArray-or-Symbol", "The way back around the exchange.")
+    .add_argument("data", "NDArray-or-Symbol", "The first output of _syncbn_moments.")
+    .add_argument("statistics", "NDArray-or-Symbol", "The statistics of all devices.")
+    .add_argument("backward_context", "NDArray-or-Symbol",
+                  "Takes numbers back to _syncbn_moments in backward.")
     .add_argument("gamma", "NDArray-or-Symbol", "The scale, per channel.")
     .add_argument("beta", "NDArray-or-Symbol", "The shift, per channel.")
     .add_argument("moving_mean", "NDArray-or-Symbol", "The moving mean.")

@@ -1,10 +1,10 @@
-// The device that an operator runs on, from MXNet's terms to ours.
+// Translates the device that MXNet runs an operator on into the device of our kernels.
 #pragma once
 
 #include <mxnet/operator.h>
 
-#include "kernels/batch_norm_kernels.h"
 #include "adapter/cuda_library.h"
+#include "kernels/batch_norm_kernels.h"
 
 namespace gluon_syncbn {
 
@@ -12,18 +12,19 @@ inline bool OnGpu(const mxnet::Context& context) {
   return context.dev_mask() == mxnet::gpu::kDevMask;
 }
 
-// Throws, when the operator is created, where this build or this machine has no GPU side.
-inline void NeedDevice(const mxnet::Context& context) {
-  if (OnGpu(context)) NeedCudaLibrary();
+// Throws if the operator is for a GPU and there is no CUDA side.  Call it when it is created.
+inline void RequireDevice(const mxnet::Context& context) {
+  if (OnGpu(context)) RequireCudaLibrary();
 }
 
-// The stream on which MXNet runs a call.  (mshadow::Stream<gpu> is empty in a build without CUDA,
-// as ours is; in MXNet's own it starts with its cudaStream_t.)
+// The stream on which MXNet runs a call.  (In a build without CUDA, such as ours,
+// mshadow::Stream<gpu> is an empty class; in MXNet's own build its first member is the
+// cudaStream_t.)
 inline Gpu ToGpu(const mxnet::RunContext& run) {
   return {run.ctx.dev_id, *static_cast<void**>(run.stream)};
 }
 
-// Calls `kernels` with the device of this call.
+// Calls kernels(device) with the device of this call, a Cpu or a Gpu.
 template <typename Kernels>
 void OnDevice(const mxnet::OpContext& ctx, const Kernels& kernels) {
   if (OnGpu(ctx.run_ctx.ctx)) {

@@ -1,4 +1,4 @@
-// What all our operators' properties share: their parameters, and how MXNet copies them.
+// The base of our operators' properties: their parameters, and how MXNet copies them.
 #pragma once
 
 #include <dmlc/parameter.h>
@@ -11,7 +11,7 @@
 
 namespace gluon_syncbn {
 
-// `Self` is the property class (for Copy), `Param` its dmlc::Parameter.
+// `Self` is the derived class (for Copy), `Param` its dmlc::Parameter.
 template <typename Self, typename Param>
 class ParameterizedProperty : public mxnet::OperatorProperty {
  public:
@@ -22,7 +22,7 @@ class ParameterizedProperty : public mxnet::OperatorProperty {
   mxnet::OperatorProperty* Copy() const override {
     return new Self(static_cast<const Self&>(*this));
   }
-  // The default infers types once more, starting from outputs of type 0, which is float32.
+  // MXNet's default infers types again, from outputs of type 0, which is float32.
   mxnet::Operator* CreateOperatorEx(mxnet::Context context, mxnet::ShapeVector*,
                                     std::vector<int>*) const override {
     return this->CreateOperator(context);

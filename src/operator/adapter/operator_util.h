@@ -1,7 +1,7 @@
-// What the operators share on MXNet's side: types, shapes and requests in our terms.
+// Translates MXNet's types, shapes and write requests into those of our kernels.
 //
-// MXNet's wheels are built by GCC 4.8.5.  What may cross to it, and what may not
-// (std::unordered_map, a std::function with arguments), stands in docs/architecture.md.
+// MXNet's wheels are built with GCC 4.8.5.  docs/architecture.md says which types may be passed to
+// it and which may not (std::unordered_map, a std::function with arguments).
 #pragma once
 
 #include <dmlc/logging.h>
@@ -17,7 +17,7 @@
 
 namespace gluon_syncbn {
 
-// Throws the error that Python shows as MXNetError.
+// Throws what Python sees as MXNetError.
 template <typename... Parts>
 [[noreturn]] void Raise(const Parts&... parts) {
   std::ostringstream os;
@@ -40,17 +40,18 @@ inline DataType ToDataType(int type_flag) {
   }
 }
 
-// float16 data have float32 parameters, as in MXNet's BatchNorm.
+// The type of gamma, beta and the moving statistics: float32 for float16 data, as in MXNet's
+// BatchNorm.
 inline int ParameterType(int data_type_flag) {
   return ToDataType(data_type_flag) == DataType::kFloat64 ? mshadow::kFloat64 : mshadow::kFloat32;
 }
 
-inline Request ToRequest(mxnet::OpReqType request) {
-  if (request == mxnet::kNullOp) return Request::kNull;
-  return request == mxnet::kAddTo ? Request::kAdd : Request::kWrite;
+inline WriteMode ToWriteMode(mxnet::OpReqType request) {
+  if (request == mxnet::kNullOp) return WriteMode::kSkip;
+  return request == mxnet::kAddTo ? WriteMode::kAdd : WriteMode::kWrite;
 }
 
-// The channel axis as an index from 0; throws when it is out of range.
+// `axis` counted from 0; throws if it is out of range.
 inline int ChannelAxis(int axis, int ndim) {
   if (ndim < 2) {
     Raise("SyncBatchNorm takes an input of 2 or more dimensions, (batch, channels, ...), but got ",
@@ -73,18 +74,16 @@ inline FeatureShape ToFeatureShape(const mxnet::TShape& shape, int axis) {
   return s;
 }
 
-// What one operator hands to the next per channel: a row, because mx.viz.print_summary takes away
-// an output's first dimension and looks at the next.
+// A vector from one operator to the next, as a row: mx.viz.print_summary drops the first dimension
+// of an output and reads the next.
 inline mxnet::TShape VectorShape(std::size_t size) {
   return mxnet::TShape({1, static_cast<nnvm::dim_t>(size)});
 }
-// Of the statistics on their way: mx.viz takes the first axis of whatever one operator gets of
-// another for the batch, and needs a second one.
 inline mxnet::TShape StatisticsShape(std::size_t channels) {
-  return {1, static_cast<nnvm::dim_t>(StatisticsSize(channels))};
+  return VectorShape(StatisticsSize(channels));
 }
 
-// Makes two shapes or types of an operator the same; throws when they are known and differ.
+// Makes two shapes or types equal if one of them is known; throws if both are known and differ.
 inline void Unify(mxnet::TShape* a, mxnet::TShape* b, const char* what) {
   const bool know_a = mxnet::shape_is_known(*a), know_b = mxnet::shape_is_known(*b);
   if (know_a && know_b && *a != *b) {
@@ -100,8 +99,8 @@ inline void Unify(int* a, int* b, const char* what) {
   if (*b == -1) *b = *a;
   if (*a != *b) {
     Raise("SyncBatchNorm: ", what,
-          " has another dtype than the input needs (float32 parameters beside float16 and float32 "
-          "data, float64 beside float64); use cast() on the block.");
+          " does not have the dtype that the input needs (float32 parameters for float16 and "
+          "float32 data, float64 for float64); use cast() on the block.");
   }
 }
 
@@ -110,11 +109,11 @@ inline int VisibleGpus() {
   return MXGetGPUCount(&gpus) == 0 ? gpus : 0;  // fails without a driver
 }
 
-// Whether a graph should give _syncbn_moments its input as its output.  On the CPU, MXNet's
-// convolutions leave their output in a layout of MKL-DNN's own.  An operator from outside gets it
-// copied into the plain layout; one that works in place gets its output copied, too, and back
-// again, which costs more than the copy that being in place saves.
-inline bool HandInPlace() {
+// Whether the first output of _syncbn_moments should share memory with its input.  On the CPU,
+// MXNet's convolutions leave their output in a layout of MKL-DNN's own.  MXNet converts the inputs
+// of other operators to the plain layout; for one that works in place it converts the output as
+// well, and back again, which costs more than the copy that sharing saves.
+inline bool AliasInput() {
   static const bool in_place =
       VisibleGpus() > 0 || dmlc::GetEnv("MXNET_MKLDNN_ENABLED", true) == false;
   return in_place;

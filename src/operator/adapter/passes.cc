@@ -27,7 +27,7 @@ Vars VarsOf(const Arrays& arrays) {
   return vars;
 }
 
-// Queues `work`, which must be short: it may run in the calling thread.
+// Queues `work`.  It must be short, because it may run in the calling thread.
 void Push(const mxnet::Context& context, const Vars& read, const Vars& written,
           std::function<void()> work) {
   using Work = std::function<void()>;
@@ -39,7 +39,7 @@ void Push(const mxnet::Context& context, const Vars& read, const Vars& written,
     (*static_cast<mxnet::engine::CallbackOnComplete*>(done))();
   };
   const auto free = [](void* work) { std::unique_ptr<Work>{static_cast<Work*>(work)}; };
-  // The engine owns the work from here on, also where it fails.
+  // The engine takes ownership even if this fails.
   const int failed =
       MXEnginePushAsync(run, owned.release(), free, &where, const_cast<Vars&>(read).data(),
                         static_cast<int>(read.size()), const_cast<Vars&>(written).data(),

@@ -1,8 +1,9 @@
-// Passes of networks over several devices, as MXNet's engine sees them.
+// Passes of networks over several devices (see Pass in key_barrier.h), in the order of MXNet's
+// engine.
 //
-// An operator learns which pass a run belongs to when it runs, not when it is made: a graph with
-// static_shape makes its operators once.  So a pass is announced by an operation in the engine's
-// own order, between the operators that used the layer before and those that use it now.
+// An operator has to learn the pass of a call when it runs, not when it is created: a graph with
+// static_shape creates its operators once.  So a pass is set by an operation in the engine's queue,
+// between the operators that used the layer before and those that use it next.
 #pragma once
 
 #include <cstdint>
@@ -20,22 +21,23 @@ namespace gluon_syncbn {
 
 using Arrays = std::vector<const mxnet::NDArray*>;
 
-// CPUs before GPUs, then by number: the order of the sums.
+// The number of a device in the exchange, which determines the order of sums: CPUs before GPUs,
+// then by device id.
 std::uint64_t Participant(const mxnet::Context& context);
 
-// Says which pass the next runs of these keys on the arrays' device belong to.  Every operator that
-// takes part in one of the exchanges reads one of the `order` arrays, all on one device.
-// Outside of a pass (id 0) nothing is queued unless a pass came before.
+// Sets the pass of the next exchanges of these keys on one device.  Every operator that takes part
+// in them reads one of the `order` arrays, which are all on that device.  Outside of a pass (id 0)
+// nothing is queued unless there was a pass before.
 void BeginPass(const std::vector<std::string>& keys, const Arrays& order, const Pass& pass);
 
-// Lets everybody who uses `written` from now on wait for `read`: a graph with static_shape does not
-// tell the engine that it writes auxiliary states.
+// Makes later users of `written` wait for `read`.  With static_shape, MXNet does not tell its
+// engine that a graph writes auxiliary states.
 void Fence(const Arrays& read, const Arrays& written);
 
-// What the calling thread is doing while it makes operators.
+// What the current thread is doing while it creates operators.
 struct CallScope {
-  bool active = false;     // a call of a program's, whose operators run in its order
-  std::uint64_t pass = 0;  // in this pass
+  bool active = false;     // calling a network, whose exchanges keep the order of their creation
+  std::uint64_t pass = 0;  // the pass of that call; 0: none
 };
 CallScope& CurrentCall();
 

@@ -9,16 +9,21 @@
 namespace gluon_syncbn {
 namespace {
 
-// A deadline: not so short that watching over it keeps a core busy, and not more than a clock
-// counts.
+// A timeout, limited to what keeps the watching thread from spinning and fits the clock.
 std::chrono::steady_clock::duration Seconds(double seconds) {
   return std::chrono::duration_cast<std::chrono::steady_clock::duration>(
       std::chrono::duration<double>(std::min(1e9, std::max(1e-3, seconds))));
 }
 
-// What would otherwise go into a round that it contradicts; empty when it fits.
-std::string Contradiction(const Arrival& first, int round_devices, const Arrival& arrival) {
+struct Contradiction {
+  Failure failure = Failure::kNone;
+  std::string message;
+};
+
+// In what `arrival` contradicts the first arrival of its round, if in anything.
+Contradiction FindContradiction(const Arrival& first, int round_devices, const Arrival& arrival) {
   std::ostringstream os;
+  Failure failure = Failure::kOther;
   if (arrival.kind != first.kind) {
     os << first.name << " and " << arrival.name << " cannot meet: all devices of a key must be of "
        << "one kind, " << first.kind << " or " << arrival.kind;
@@ -26,15 +31,17 @@ std::string Contradiction(const Arrival& first, int round_devices, const Arrival
     os << arrival.name << " says num_devices=" << arrival.num_devices << ", but " << first.name
        << " says " << round_devices << "; give every device the same num_devices";
   } else if (arrival.merge != first.merge) {
-    os << first.name << " and " << arrival.name << " bring different things under one key: a "
-       << "KeyBarrierSum and a SyncBatchNorm layer must have different ones";
+    failure = Failure::kDifferentMerge;
+    os << first.name << " and " << arrival.name
+       << " bring different things under one key, a vector to sum and statistics to merge";
   } else if (arrival.values.size() != first.values.size()) {
+    failure = Failure::kDifferentLength;
     os << arrival.name << " brings " << arrival.values.size() << " values, but " << first.name
-       << " brings " << first.values.size()
-       << "; every device must bring the same shape (for a SyncBatchNorm layer: the same number "
-          "of channels)";
+       << " brings " << first.values.size() << "; every device must bring the same shape";
+  } else {
+    return {};
   }
-  return os.str();
+  return {failure, os.str() + "."};
 }
 
 }  // namespace
@@ -52,12 +59,12 @@ KeyBarrier::~KeyBarrier() {
 }
 
 void KeyBarrier::RestartInChild(double timeout_seconds) {
-  const std::uint64_t next_turn = next_turn_, next_number = next_number_, failures = failures_;
-  // What was here is left, not destroyed: nobody knows in what state it is.
-  KeyBarrier* const anew = new (this) KeyBarrier(timeout_seconds);
-  anew->next_turn_ = next_turn;  // operators that were made before keep their numbers
-  anew->next_number_ = next_number;
-  anew->failures_ = failures;
+  const std::uint64_t next_ticket = next_ticket_, next_id = next_id_, failures = failures_;
+  // The old object is not destroyed, because its state is unknown.
+  KeyBarrier* const restarted = new (this) KeyBarrier(timeout_seconds);
+  restarted->next_ticket_ = next_ticket;  // tickets and passes from before the fork remain unique
+  restarted->next_id_ = next_id;
+  restarted->failures_ = failures;
 }
 
 void KeyBarrier::Arrive(Arrival arrival, Completion done) {
@@ -67,60 +74,60 @@ void KeyBarrier::Arrive(Arrival arrival, Completion done) {
     waiting_.push_back({Clock::now(), {std::move(arrival), std::move(done)}});
     Advance(&ended);
   }
-  Tell(std::move(ended));
+  Notify(std::move(ended));
 }
 
-std::uint64_t KeyBarrier::Reserve(const std::string& key, int call, std::uint64_t participant) {
+std::uint64_t KeyBarrier::TakeTicket(const std::string& key, int call, std::uint64_t participant) {
   std::lock_guard<std::mutex> lock(mutex_);
-  turns_[{key, call, participant}].insert(next_turn_);
-  return next_turn_++;
+  tickets_[{key, call, participant}].insert(next_ticket_);
+  return next_ticket_++;
 }
 
-void KeyBarrier::Release(const std::string& key, int call, std::uint64_t participant,
-                         std::uint64_t turn) {
+void KeyBarrier::ReturnTicket(const std::string& key, int call, std::uint64_t participant,
+                              std::uint64_t ticket) {
   Ended ended;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    DropTurn({key, call, participant}, turn);
+    DropTicket({key, call, participant}, ticket);
     Advance(&ended);
   }
-  Tell(std::move(ended));
+  Notify(std::move(ended));
 }
 
 // The lock is held.
-void KeyBarrier::DropTurn(const Queue& queue, std::uint64_t turn) {
-  const auto turns = turns_.find(queue);
-  if (turns == turns_.end()) return;
-  turns->second.erase(turn);
-  if (turns->second.empty()) turns_.erase(turns);
+void KeyBarrier::DropTicket(const Queue& queue, std::uint64_t ticket) {
+  const auto tickets = tickets_.find(queue);
+  if (tickets == tickets_.end()) return;
+  tickets->second.erase(ticket);
+  if (tickets->second.empty()) tickets_.erase(tickets);
 }
 
-bool KeyBarrier::HasTurn(const Arrival& arrival) const {
-  if (arrival.turn == 0) return true;
-  const auto queue = turns_.find({arrival.key, arrival.call, arrival.participant});
-  return queue == turns_.end() || *queue->second.begin() >= arrival.turn;
+bool KeyBarrier::IsNext(const Arrival& arrival) const {
+  if (arrival.ticket == 0) return true;
+  const auto queue = tickets_.find({arrival.key, arrival.call, arrival.participant});
+  return queue == tickets_.end() || *queue->second.begin() >= arrival.ticket;
 }
 
-// Lets everybody join who has the turn, until nobody is left who has.  The lock is held.
+// Lets waiting arrivals join, as long as there is one that is next.  The lock is held.
 void KeyBarrier::Advance(Ended* ended) {
   for (;;) {
     const auto next = std::find_if(waiting_.begin(), waiting_.end(),
-                                   [this](const Waiting& w) { return HasTurn(w.present.arrival); });
+                                   [this](const Waiting& w) { return IsNext(w.present.arrival); });
     if (next == waiting_.end()) break;
     Present present = std::move(next->present);
     waiting_.erase(next);
     const Arrival& arrival = present.arrival;
-    DropTurn({arrival.key, arrival.call, arrival.participant}, arrival.turn);
+    DropTicket({arrival.key, arrival.call, arrival.participant}, arrival.ticket);
     Join(std::move(present), ended);
   }
   if (waiting_.empty() && open_.empty()) return;
   try {
     StartWatch();
   } catch (const std::system_error& e) {
-    // Who waits would have no deadline.
+    // Without the thread, arrivals that wait would have no deadline.
     std::ostringstream why;
-    why << "no thread could be started that watches over the deadline (" << e.what()
-        << "). Let this process have more threads (\"ulimit -u\", a container's limit of "
+    why << "no thread could be started to watch over the deadline (" << e.what()
+        << "). Allow this process more threads (\"ulimit -u\", or a container's limit of "
            "processes), or use fewer.";
     for (auto& failed :
          TakeRounds([](const Arrival&, Clock::time_point) { return true; }, why.str())) {
@@ -140,36 +147,36 @@ void KeyBarrier::Join(Present present, Ended* ended) {
     ended->failed.push_back({std::move(refused), closed_.empty() ? aborted->second : closed_});
     return;
   }
-  const Lane lane{arrival.key, arrival.call, arrival.lane};
-  const std::string& lane_key = std::get<0>(lane);
-  auto& rounds = open_[lane];
+  const Phase phase{arrival.key, arrival.call, arrival.phase};
+  const std::string& phase_key = std::get<0>(phase);
+  auto& rounds = open_[phase];
   auto round = std::find_if(rounds.begin(), rounds.end(), [&](const Round& r) {
     return std::none_of(r.present.begin(), r.present.end(), [&](const Present& p) {
       return p.arrival.participant == arrival.participant;
     });
   });
   if (round == rounds.end()) {
-    rounds.push_back({next_number_++, arrival.num_devices, Clock::now(), {}});
+    rounds.push_back({next_id_++, arrival.num_devices, Clock::now(), {}});
     round = std::prev(rounds.end());
   }
-  const std::string contradiction =
+  const Contradiction contradiction =
       round->present.empty()
-          ? std::string()
-          : Contradiction(round->present.front().arrival, round->num_devices, arrival);
+          ? Contradiction()
+          : FindContradiction(round->present.front().arrival, round->num_devices, arrival);
   round->present.push_back(std::move(present));
-  if (!contradiction.empty()) {
-    std::string error = Describe(round->present.front().arrival) + contradiction + ".";
-    CountFailure(lane_key);
-    ended->failed.push_back({std::move(*round), std::move(error)});
+  if (contradiction.failure != Failure::kNone) {
+    std::string error = Describe(round->present.front().arrival) + contradiction.message;
+    CountFailure(phase_key);
+    ended->failed.push_back({std::move(*round), std::move(error), contradiction.failure});
     rounds.erase(round);
   } else if (static_cast<int>(round->present.size()) >= round->num_devices) {
     ended->complete.push_back(std::move(*round));
     rounds.erase(round);
   }
-  if (rounds.empty()) open_.erase(lane);
+  if (rounds.empty()) open_.erase(phase);
 }
 
-void KeyBarrier::Tell(Ended ended) {
+void KeyBarrier::Notify(Ended ended) {
   Fail(std::move(ended.failed));
   for (auto& round : ended.complete) Complete(std::move(round));
 }
@@ -188,14 +195,14 @@ void KeyBarrier::Complete(Round round) {
   for (std::size_t i = 1; i < present.size(); ++i) {
     MergeInto(first.merge, present[i].arrival.values, &total);
   }
-  const Outcome outcome{&total, round.id, static_cast<int>(present.size()), ""};
-  for (auto& p : present) p.done(outcome);
+  const Result result{&total, round.id, static_cast<int>(present.size()), ""};
+  for (auto& p : present) p.done(result);
 }
 
 void KeyBarrier::Fail(std::vector<FailedRound> failed) {
   for (auto& f : failed) {
     for (auto& p : f.round.present) {
-      p.done(Outcome{nullptr, 0, 0, f.error, f.expired, f.shared_origin});
+      p.done(Result{nullptr, 0, 0, f.error, f.failure, f.shared_sender});
     }
   }
 }
@@ -207,14 +214,14 @@ std::string KeyBarrier::Describe(const Arrival& first) {
   return os.str();
 }
 
-// Takes what the predicate(arrival, since) picks out of the books: open rounds, and arrivals that
-// wait for their turn.  The lock is held.
+// Removes and returns what predicate(arrival, since) selects: open rounds, and arrivals that wait
+// for earlier tickets.  The lock is held.
 template <typename Predicate>
 std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
                                                             const std::string& why) {
   std::vector<FailedRound> taken;
-  for (auto lane = open_.begin(); lane != open_.end();) {
-    auto& rounds = lane->second;
+  for (auto phase = open_.begin(); phase != open_.end();) {
+    auto& rounds = phase->second;
     for (auto round = rounds.begin(); round != rounds.end();) {
       if (predicate(round->present.front().arrival, round->opened)) {
         SortByParticipant(&round->present);
@@ -230,7 +237,7 @@ std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
         ++round;
       }
     }
-    lane = rounds.empty() ? open_.erase(lane) : std::next(lane);
+    phase = rounds.empty() ? open_.erase(phase) : std::next(phase);
   }
   for (auto waiting = waiting_.begin(); waiting != waiting_.end();) {
     if (!predicate(waiting->present.arrival, waiting->since)) {
@@ -241,7 +248,7 @@ std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
                               " An earlier call with this key on " + waiting->present.arrival.name +
                               " has not run yet.";
     const Arrival& arrival = waiting->present.arrival;
-    DropTurn({arrival.key, arrival.call, arrival.participant}, arrival.turn);
+    DropTicket({arrival.key, arrival.call, arrival.participant}, arrival.ticket);
     Round round{0, waiting->present.arrival.num_devices, waiting->since, {}};
     round.present.push_back(std::move(waiting->present));
     CountFailure(round.present.front().arrival.key);
@@ -253,7 +260,7 @@ std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
 
 std::uint64_t KeyBarrier::NewPass() {
   std::lock_guard<std::mutex> lock(mutex_);
-  return next_number_++;
+  return next_id_++;
 }
 
 bool KeyBarrier::Announce(const std::vector<std::string>& keys, std::uint64_t participant,
@@ -285,7 +292,7 @@ Pass KeyBarrier::PassOf(const std::string& key, std::uint64_t participant) const
 }
 
 void KeyBarrier::Abort(const std::vector<std::uint64_t>& passes, const std::string& why) {
-  constexpr std::size_t kRemembered = 4096;  // a pass that ended so long ago sends nothing any more
+  constexpr std::size_t kRemembered = 4096;  // no arrival of an earlier pass is still to come
   std::vector<FailedRound> failed;
   Ended ended;
   {
@@ -297,25 +304,25 @@ void KeyBarrier::Abort(const std::vector<std::uint64_t>& passes, const std::stri
     failed = TakeRounds([&](const Arrival& arrival,
                             Clock::time_point) { return aborted_.count(arrival.pass) != 0; },
                         why);
-    Advance(&ended);  // who waited for the turn of what has just failed
+    Advance(&ended);  // arrivals that waited for the tickets of those that have just failed
   }
   Fail(std::move(failed));
-  Tell(std::move(ended));
+  Notify(std::move(ended));
 }
 
-void KeyBarrier::NoteOrigin(const std::string& key, std::uint64_t participant,
-                            std::uint64_t origin) {
+void KeyBarrier::SetSender(const std::string& key, std::uint64_t participant,
+                           std::uint64_t sender) {
   std::lock_guard<std::mutex> lock(mutex_);
-  notes_[key].origins[participant] = origin;
+  notes_[key].senders[participant] = sender;
 }
 
 // The lock is held.
-bool KeyBarrier::SharesOrigin(const std::string& key) const {
+bool KeyBarrier::SharesSender(const std::string& key) const {
   const auto notes = notes_.find(key);
   if (notes == notes_.end()) return false;
   std::set<std::uint64_t> seen;
-  for (const auto& participant_and_origin : notes->second.origins) {
-    if (!seen.insert(participant_and_origin.second).second) return true;
+  for (const auto& participant_and_sender : notes->second.senders) {
+    if (!seen.insert(participant_and_sender.second).second) return true;
   }
   return false;
 }
@@ -340,7 +347,7 @@ void KeyBarrier::SetTimeout(double seconds) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     timeout_ = Seconds(seconds);
-    next_look_ = Clock::now();  // rounds that wait already fall under the new deadline
+    next_look_ = Clock::now();  // the new deadline applies to open rounds as well
   }
   wake_.notify_all();
 }
@@ -352,13 +359,17 @@ double KeyBarrier::Timeout() const {
 
 std::uint64_t KeyBarrier::Failures(const std::string& key) const {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (key.empty()) return failures_;
   const auto notes = notes_.find(key);
   return notes == notes_.end() ? 0 : notes->second.failures;
 }
 
-// Deadlines come in the order in which rounds open, so a thread that already looks at some time
-// before now + timeout need not be woken: in the steady state an arrival costs no system call.
+std::uint64_t KeyBarrier::Failures() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return failures_;
+}
+
+// Deadlines pass in the order in which rounds are opened, so the thread need not be woken if it is
+// going to look before now + timeout: in the steady state an arrival costs no system call.
 void KeyBarrier::StartWatch() {
   const Clock::time_point deadline = Clock::now() + timeout_;
   if (!watch_.joinable()) {
@@ -385,21 +396,21 @@ void KeyBarrier::Watch() {
         TakeRounds([&](const Arrival&, Clock::time_point since) { return now - since >= timeout_; },
                    why.str());
     for (auto& f : failed) {
-      f.expired = true;
-      f.shared_origin = SharesOrigin(f.round.present.front().arrival.key);
+      f.failure = Failure::kDeadline;
+      f.shared_sender = SharesSender(f.round.present.front().arrival.key);
     }
     Ended ended;
-    Advance(&ended);  // who waited for the turn of what has just failed
+    Advance(&ended);  // arrivals that waited for the tickets of those that have just failed
     next_look_ = now + timeout_;
-    for (const auto& lane : open_) {
-      for (const auto& round : lane.second) {
+    for (const auto& phase_and_rounds : open_) {
+      for (const auto& round : phase_and_rounds.second) {
         next_look_ = std::min(next_look_, round.opened + timeout_);
       }
     }
     for (const auto& w : waiting_) next_look_ = std::min(next_look_, w.since + timeout_);
     lock.unlock();
     Fail(std::move(failed));
-    Tell(std::move(ended));
+    Notify(std::move(ended));
     lock.lock();
   }
 }

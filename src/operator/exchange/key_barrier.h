@@ -1,10 +1,10 @@
-// The cross-device key-barrier sum exchange.
+// An asynchronous all-reduce between the devices of one process: the key-barrier sum exchange.
 //
-// Every participant brings a vector under a key; when all that are expected have come, each
-// gets the sum over all, or what else all come to (merge.h).  Nobody blocks: an arrival leaves a
-// completion behind and returns, so no order of arrival can deadlock.  The class knows neither
-// MXNet nor any device; a participant is a number, which fixes its place in the sum, and a name for
-// messages.
+// Every participant contributes a vector under a key; when all have arrived, each gets the sum of
+// all vectors, or whatever else they are merged to (merge.h).  No thread ever waits: an arrival
+// registers a completion and returns, so no order of arrivals can deadlock.  The class knows of no
+// framework and no device.  To it, a participant is a number, which determines its place in the
+// sum, and a name for messages.
 #pragma once
 
 #include <chrono>
@@ -25,99 +25,110 @@
 
 namespace gluon_syncbn {
 
-// What one participant brings.
+// What one participant contributes to a round, that is, to one all-reduce.
 struct Arrival {
   std::string key;
-  // A key that is used in several places tells them apart by this number.
-  int call = 0;
-  // Arrivals meet within a lane of their key and call.  A forward exchange uses the number of its
-  // pass, or 0 outside of one; the backward exchange of a round uses the round's own number, so
-  // that it meets its own round's participants in whatever order the devices run backward.
-  std::uint64_t lane = 0;
+  int call = 0;  // tells apart the uses of a key that is used in several places
+  // Arrivals join a round of the same key, call and phase.  The phase of a forward exchange is its
+  // pass, or 0 outside of one.  The phase of a backward exchange is the id of the forward round, so
+  // that it finds the same participants, in whatever order the devices run backward.
+  std::uint64_t phase = 0;
   bool backward = false;
-  std::uint64_t pass = 0;  // what Abort names; 0 outside of a pass
+  std::uint64_t pass = 0;  // for Abort; 0: none
   std::uint64_t participant = 0;
-  std::string kind;  // only participants of one kind meet; "" for none in particular
-  std::string name;
+  std::string kind;  // must be the same for all arrivals of a round, for example "cpu"
+  std::string name;  // for messages
   int num_devices = 1;
   std::vector<double> values;
-  // From Reserve: the arrival waits for those of its participant that were reserved before it.
-  // 0: it may go at once.
-  std::uint64_t turn = 0;
-  Merge merge = Merge::kSum;  // of its values with the others'
+  // From TakeTicket: the arrival waits for those of its participant with earlier tickets.
+  // 0: it does not wait.
+  std::uint64_t ticket = 0;
+  Merge merge = Merge::kSum;
+};
+
+// Why a round failed, as far as a caller may have advice to add to the message.
+enum class Failure {
+  kNone,
+  kDeadline,         // not all participants arrived in time
+  kDifferentMerge,   // two arrivals want to be merged in different ways
+  kDifferentLength,  // two arrivals have different numbers of values
+  kOther,
 };
 
 // What every participant of a round gets.
-struct Outcome {
-  const std::vector<double>* total = nullptr;  // null when the round failed; valid during the call
-  std::uint64_t round = 0;                     // never 0 for a round that succeeded
+struct Result {
+  const std::vector<double>* total = nullptr;  // null if the round failed; valid during the call
+  std::uint64_t round = 0;                     // its id; never 0 if it succeeded
   int num_devices = 0;                         // how many took part
-  std::string error;                           // says what failed
-  bool expired = false;                        // it failed because not all came in time
-  // Then also: one origin stands behind several participants of the key (see NoteOrigin).
-  bool shared_origin = false;
+  std::string error;                           // the message if it failed
+  Failure failure = Failure::kNone;
+  // With kDeadline: several participants of the key share a sender (see SetSender).
+  bool shared_sender = false;
 };
 
-// A pass is one run of a program, forward and backward, on several participants, which meet each
-// other in it and nobody else.
+// A pass is one run of a program, forward and backward, on several participants.  Their arrivals
+// join rounds of this pass only.
 struct Pass {
   std::uint64_t id = 0;  // from NewPass; 0: none
-  int expected = 0;      // how many participants take part
+  int expected = 0;      // the number of participants
 };
 
-// Called exactly once per arrival, from the thread of the last arrival, from the thread of
-// whoever ended the round, or from the barrier's own thread; never under its lock.
-using Completion = std::function<void(const Outcome&)>;
+// Called exactly once per arrival, never under the barrier's lock: by the thread of the last
+// arrival, by the thread that ended the round otherwise, or by the barrier's own thread.
+using Completion = std::function<void(const Result&)>;
 
+// All functions may be called from any thread.
 class KeyBarrier {
  public:
-  // A round that is not complete `timeout_seconds` after its first arrival fails.
+  // A round fails if it is not complete `timeout_seconds` after its first arrival.
   explicit KeyBarrier(double timeout_seconds);
   ~KeyBarrier();
   KeyBarrier(const KeyBarrier&) = delete;
   KeyBarrier& operator=(const KeyBarrier&) = delete;
 
-  // Joins the oldest open round of its lane in which this participant is not yet present,
-  // or opens one.  Values are merged in the order of the participants' numbers, not of arrival: the
-  // result is the same, bit for bit, on every run.
-  // An arrival whose length or number of devices contradicts its round fails the round.
+  // Joins the oldest open round of the arrival's key, call and phase in which its participant is
+  // not present, or opens one.  Values are merged in the order of the participants' numbers, not of
+  // their arrival: the result is the same, bit for bit, on every run.  An arrival that contradicts
+  // its round in kind, num_devices, merge or length fails the round.
   void Arrive(Arrival arrival, Completion done);
 
-  // Takes a turn for a later arrival.  Whoever takes turns in the order of its program meets the
-  // others in that order, though its arrivals may become ready in another one.
-  std::uint64_t Reserve(const std::string& key, int call, std::uint64_t participant);
-  // Gives a turn back that no arrival will use.
-  void Release(const std::string& key, int call, std::uint64_t participant, std::uint64_t turn);
+  // Takes a ticket for a later arrival.  The arrivals of a participant under this key and call join
+  // rounds in the order of their tickets, even if they come in a different order.
+  std::uint64_t TakeTicket(const std::string& key, int call, std::uint64_t participant);
+  // Returns a ticket that no arrival will use.
+  void ReturnTicket(const std::string& key, int call, std::uint64_t participant,
+                    std::uint64_t ticket);
 
-  // A number that no other pass or round has.
+  // An id that no other pass or round has.
   std::uint64_t NewPass();
-  // Notes which pass was last announced for a participant; says whether any of these keys is to be
-  // told: always in a pass, and outside (id 0) where a pass was announced before.
+  // Records that `pass` is announced to a participant.  Returns whether SetPass has to be called
+  // for these keys: always in a pass; outside of one (id 0) if a pass was announced before.
   bool Announce(const std::vector<std::string>& keys, std::uint64_t participant, const Pass& pass);
-  // Which pass a participant's next forward arrivals under this key belong to.
+  // Sets the pass of the participant's next forward arrivals under this key.
   void SetPass(const std::string& key, std::uint64_t participant, const Pass& pass);
   Pass PassOf(const std::string& key, std::uint64_t participant) const;
-  // Fails what is open in these passes, and every later arrival in them.
+  // Fails all open rounds of these passes, and every later arrival in them.
   void Abort(const std::vector<std::uint64_t>& passes, const std::string& why);
 
-  // Who sends a participant's arrivals, as a number without further meaning: participants that
-  // share an origin may be unable to come at the same time, which Outcome tells when they did not.
-  void NoteOrigin(const std::string& key, std::uint64_t participant, std::uint64_t origin);
+  // Sets who sends a participant's arrivals, as any number.  Participants that share a sender may
+  // be unable to arrive at the same time; if a deadline passes, Result says that they do.
+  void SetSender(const std::string& key, std::uint64_t participant, std::uint64_t sender);
 
-  // Fails every open round and every later arrival: the process is going away.
+  // Fails all open rounds and every later arrival: the process is ending.
   void Close(const std::string& why);
 
-  // A fork.  The child has this object as it is at that moment, perhaps in the middle of a change
-  // by a thread that it does not have, and under its lock; the barrier's own thread it does not
-  // have either.  So the thread that forks takes the deadline with it, and there the barrier
-  // starts anew, in no pass.  (To hold the lock until the fork is no way: MXNet, which has been
-  // told before us, lets the exchanges that are under way end first.)
+  // Makes the barrier usable in the child after a fork, with no open round and no pass.  A fork
+  // copies it in whatever state it is, perhaps locked and half changed by a thread that the child
+  // does not have, so nothing but counters is read.  Read the timeout before the fork.
   void RestartInChild(double timeout_seconds);
 
+  // Applies to open rounds as well.
   void SetTimeout(double seconds);
   double Timeout() const;
-  // How many rounds of this key (the key "" stands for all) have failed so far.
+
+  // The number of rounds that have failed so far: of one key, and of all.
   std::uint64_t Failures(const std::string& key) const;
+  std::uint64_t Failures() const;
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -139,34 +150,34 @@ class KeyBarrier {
   struct FailedRound {
     Round round;
     std::string error;
-    bool expired = false;
-    bool shared_origin = false;
+    Failure failure = Failure::kOther;
+    bool shared_sender = false;
   };
-  // What is known of a key beyond its rounds.
+  // What is known of a key besides its rounds.
   struct KeyNotes {
     std::map<std::uint64_t, Pass> passes;            // by participant
-    std::set<std::uint64_t> announced;               // participants last announced in a pass
-    std::map<std::uint64_t, std::uint64_t> origins;  // by participant
+    std::set<std::uint64_t> announced;               // participants whose last pass is not 0
+    std::map<std::uint64_t, std::uint64_t> senders;  // by participant
     std::uint64_t failures = 0;
   };
-  using Lane = std::tuple<std::string, int, std::uint64_t>;   // key, call, lane
+  using Phase = std::tuple<std::string, int, std::uint64_t>;  // key, call, phase
   using Queue = std::tuple<std::string, int, std::uint64_t>;  // key, call, participant
-  // What ends while the lock is held, and is told to the participants after that.
+  // Rounds that end while the lock is held; their participants are notified after that.
   struct Ended {
     std::vector<Round> complete;
     std::vector<FailedRound> failed;
   };
 
-  bool HasTurn(const Arrival& arrival) const;
-  void DropTurn(const Queue& queue, std::uint64_t turn);
+  bool IsNext(const Arrival& arrival) const;
+  void DropTicket(const Queue& queue, std::uint64_t ticket);
   void Advance(Ended* ended);
   void Join(Present present, Ended* ended);
-  static void Tell(Ended ended);
+  static void Notify(Ended ended);
   static void SortByParticipant(std::vector<Present>* present);
   static void Complete(Round round);
   static void Fail(std::vector<FailedRound> failed);
   void CountFailure(const std::string& key);
-  bool SharesOrigin(const std::string& key) const;
+  bool SharesSender(const std::string& key) const;
   static std::string Describe(const Arrival& first);
   template <typename Predicate>
   std::vector<FailedRound> TakeRounds(Predicate predicate, const std::string& why);
@@ -174,14 +185,14 @@ class KeyBarrier {
   void Watch();
 
   mutable std::mutex mutex_;
-  std::map<Lane, std::vector<Round>> open_;         // the rounds of a lane, oldest first
-  std::map<Queue, std::set<std::uint64_t>> turns_;  // reserved and not yet used
-  std::vector<Waiting> waiting_;                    // for their turn
-  std::uint64_t next_turn_ = 1;
+  std::map<Phase, std::vector<Round>> open_;          // oldest first
+  std::map<Queue, std::set<std::uint64_t>> tickets_;  // taken and not yet used
+  std::vector<Waiting> waiting_;                      // arrivals with earlier tickets before them
+  std::uint64_t next_ticket_ = 1;
   std::map<std::string, KeyNotes> notes_;
   std::map<std::uint64_t, std::string> aborted_;  // pass -> why; the latest ones
   std::string closed_;                            // why; empty while open
-  std::uint64_t next_number_ = 1;                 // of rounds and passes
+  std::uint64_t next_id_ = 1;                     // of rounds and passes
   std::uint64_t failures_ = 0;
   Clock::duration timeout_;
 

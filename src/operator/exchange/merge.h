@@ -1,7 +1,7 @@
-// How two contributions to a round of the exchange become one.
+// How two contributions to a round of the exchange are merged.
 //
-// Pure functions of two vectors: the exchange applies them to all contributions in the order of
-// the participants, and so can whoever carries contributions from process to process.
+// These are pure functions of two vectors.  The exchange applies them to all contributions in the
+// order of the participants; an exchange between processes could do the same.
 #pragma once
 
 #include <cstddef>
@@ -12,11 +12,11 @@
 namespace gluon_syncbn {
 
 enum class Merge {
-  kSum,      // number by number
-  kMoments,  // the statistics of batch_norm_kernels.h: means, sums of squares about them, a count
+  kSum,      // elementwise
+  kMoments,  // the statistics of batch_norm_kernels.h: means, M2s and a count
 };
 
-// Makes `*into` what both are together.  They have the same size; for moments, 2 * channels + 1.
+// Merges `from` into `*into`.  They have the same size; for moments, 2 * channels + 1.
 inline void MergeInto(Merge merge, const std::vector<double>& from, std::vector<double>* into) {
   std::vector<double>& to = *into;
   if (merge == Merge::kSum) {

@@ -7,8 +7,8 @@
 
 namespace gluon_syncbn {
 
-// The deadline comes from GLUON_SYNCBN_TIMEOUT (seconds); the default is 120.  Shared, because
-// MXNet may free an operator when the process's own objects are gone already.
+// Its timeout is GLUON_SYNCBN_TIMEOUT seconds, by default 120.  Ownership is shared, because what
+// uses it may be freed after the process's static objects have been destroyed.
 std::shared_ptr<KeyBarrier> ProcessBarrier();
 
 }  // namespace gluon_syncbn

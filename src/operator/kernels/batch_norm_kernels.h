@@ -1,30 +1,32 @@
-// The four kernels of batch normalization, said once for every device.
+// The kernels of batch normalization: one interface for every device.
 //
-// A feature map of any rank and channel axis is outer x channels x inner.  Statistics are
-// float64 per channel; parameters (gamma, beta, moving statistics) are float32 beside float16 and
-// float32 data and float64 beside float64 data.  The notation is that of Ioffe and Szegedy, "Batch
-// Normalization", ICML 2015 (https://arxiv.org/abs/1502.03167), with r = 1 / sqrt(var + epsilon):
+// A feature map of any rank and channel axis is viewed as [outer][channels][inner].  Per channel,
+// with sums over the channel's elements on all devices (Ioffe and Szegedy, "Batch Normalization",
+// ICML 2015, https://arxiv.org/abs/1502.03167):
 //
-//   y     = gamma * (x - mean) * r + beta
-//   dx    = A * dy + B * (x - mean) + C,   A = gamma * r
-//   B     = -A * r^2 / count * sum(dy * (x - mean)),   C = -A / count * sum(dy)
+//   n        number of elements ("count" in the code);  C: number of channels
+//   mean     sum(x) / n
+//   M2       sum((x - mean)^2);  M2 / n is the variance, biased, as in MXNet's BatchNorm
+//   invstd   1 / sqrt(M2 / n + epsilon)
 //
-// where mean, var, count and both sums run over all devices.
+//   y      = gamma * invstd * (x - mean) + beta
+//   dx     = gamma * invstd * dy + b * (x - mean) + c
+//     b    = -gamma * invstd^3 / n * sum(dy * (x - mean))
+//     c    = -gamma * invstd / n * sum(dy)
+//   dgamma = invstd * sum(dy * (x - mean)),  dbeta = sum(dy)    (over this device's elements alone)
 //
-// Nothing is lost when the data lie far from zero, since products are only ever taken of distances.
-// The variance comes from sums of (x - pivot) and (x - pivot)^2, where the pivot is one of the
-// channel's own elements or a mean of some, in one pass; the devices' results (count, mean,
-// M2 = sum((x - mean)^2)) are merged pairwise, in a fixed order:
+// Precision.  Data far from zero lose nothing, because only differences are multiplied.  One pass
+// takes sums of (x - pivot) and (x - pivot)^2, where the pivot is an element of the channel or the
+// mean of some, and (n, mean, M2) follow from them; partial results are merged pairwise, in a fixed
+// order (Chan, Golub and LeVeque, "Algorithms for computing the sample variance: analysis and
+// recommendations", The American Statistician 37, 1983; see batch_norm_math.h).  Where x is not
+// float64, the mean that is subtracted from it is a pair of numbers, a high and a low part.
 //
-//   d = mean_b - mean_a,  mean = mean_a + d * count_b / count,
-//   M2 = M2_a + M2_b + d^2 * count_a * count_b / count
+// Types.  Statistics and sums are float64.  Parameters (gamma, beta, the moving statistics and
+// their count of batches) are float32 for float16 and float32 data, and float64 for float64 data.
 //
-// (Chan, Golub and LeVeque, "Algorithms for computing the sample variance: analysis and
-// recommendations", The American Statistician 37, 1983; batch_norm_math.h.)  (x - mean) is taken
-// first, too, with the mean as a pair of numbers where x is not float64.
-//
-// These functions know no MXNet.  Each takes the device that it runs on, and all pointers are to
-// that device's memory.
+// These functions know nothing of MXNet.  The first argument says which device runs them; all
+// pointers are to memory of that device.
 #pragma once
 
 #include <cstddef>
@@ -34,14 +36,14 @@ namespace gluon_syncbn {
 
 enum class DataType { kFloat16, kFloat32, kFloat64 };
 
-// What to do with a result: leave it away, write it, or add it to what is there.
-enum class Request { kNull, kWrite, kAdd };
+// What to do with a result: skip, overwrite or accumulate.
+enum class WriteMode { kSkip, kWrite, kAdd };
 
 struct FeatureShape {
   std::size_t outer = 0;
   std::size_t channels = 0;
   std::size_t inner = 0;
-  // Elements from one outer index to the next; 0: they follow each other.
+  // Elements from one outer index to the next; 0: channels * inner, that is, contiguous.
   std::size_t stride = 0;
   std::size_t count() const { return outer * inner; }  // elements per channel
   std::size_t outer_stride() const { return stride == 0 ? channels * inner : stride; }
@@ -49,106 +51,135 @@ struct FeatureShape {
 
 struct Cpu {};
 
-// The kernels are queued on the stream and have not run yet when the call returns.  What they read
-// and write must stay until then.  The functions throw std::runtime_error where CUDA fails.
+// Kernels are queued on the stream and may not have run when the call returns: what they read and
+// write must stay valid until then.  The functions throw std::runtime_error if CUDA fails.
 struct Gpu {
   int device;
   void* stream;  // a cudaStream_t
 };
 
-// The statistics that travel: the mean and sum((x - mean)^2) per channel, then the count.
+// The statistics, as the devices exchange them: [mean: C] [M2: C] [n].
 inline std::size_t StatisticsSize(std::size_t channels) { return 2 * channels + 1; }
-// The count where nobody measured, outside of training: the moving statistics are used, and there
-// is nothing to exchange.  (A count of 0 is that of a share without elements, which is exchanged.)
-constexpr double kNotMeasured = -1.0;
-inline bool IsMeasured(double count) { return count >= 0; }
-// What the backward pass needs beside the exchanged sums: A and the mean, per channel.
-inline std::size_t CoefficientsSize(std::size_t channels) { return 2 * channels; }
 
-// Moments, forward: statistics of this device's share.
-struct MomentsForward {
+// What stands for n where no statistics were computed, as in inference: the moving statistics are
+// used, and nothing is exchanged.  (A count of 0 is that of a shard without elements, which takes
+// part in the exchange.)
+constexpr double kNoStatistics = -1.0;
+inline bool HasStatistics(double count) { return count >= 0; }
+
+// The backward sums, as the devices exchange them: [c: C] [b: C] [0].  They have the size of the
+// statistics, whose gradient they are for MXNet.
+inline std::size_t BackwardSumsSize(std::size_t channels) { return StatisticsSize(channels); }
+
+// What MomentsBackward needs besides the sums: [gamma * invstd: C] [mean: C].
+inline std::size_t BackwardContextSize(std::size_t channels) { return 2 * channels; }
+
+// Step 1 of forward: the statistics of this device's shard.
+struct MomentsForwardParams {
   DataType type;
   FeatureShape shape;
   const void* x;
-  void* copy;    // x handed through; x itself or null: nothing is written
-  bool measure;  // false: the statistics say kNotMeasured
+  void* copy;               // gets a copy of x; x itself or null: no copy
+  bool compute_statistics;  // false: the count is set to kNoStatistics, and the rest to 0
   double* statistics;
 };
 
-// Normalize, forward.  In training it also moves the moving statistics, with the biased variance,
-// as MXNet's BatchNorm does; but where no device had an element, they stay.  With `batches`, how
-// many batches there were before, they become the average over all of them, whatever the momentum,
-// and the number grows.  A momentum of 1 moves nothing, not even for data that are not finite.
-struct NormalizeForward {
+// Step 2 of forward: y, from the statistics of all devices.
+//
+// Then the moving statistics are updated, unless they were used or no device had an element:
+//   moving = momentum * moving + (1 - momentum) * batch
+// With `batches`, the number of batches so far, they become the average over all batches instead,
+// and the number is increased.  A momentum of 1 leaves them alone, even if x is not finite.
+struct NormalizeForwardParams {
   DataType type;
   FeatureShape shape;
   double epsilon;
   double momentum;
-  bool fix_gamma;
+  bool fix_gamma;  // gamma is taken to be 1
   const void* x;
-  const double* statistics;  // over all devices; null: use the moving statistics
+  const double* statistics;  // null: use the moving statistics
   const void* gamma;
   const void* beta;
   void* moving_mean;
   void* moving_var;
-  Request y_request;
-  void* y;
+  WriteMode y_mode;
+  void* y;  // may be x
   void* batches = nullptr;
 };
 
-// Normalize, backward: the sums over dy.
-// With statistics: dy is handed through, `statistics_grad` gets this device's part of C and B
-// (they are summed over the devices), `coefficients_grad` gets A and the mean.
-// Without: `dx` is the gradient of x.
-struct NormalizeBackward {
+// Step 1 of backward: this device's part of the backward sums, and the gradients of gamma and beta.
+// Where forward used the moving statistics, the sums are 0.
+struct NormalizeBackwardParams {
+  DataType type;
+  FeatureShape shape;
+  double epsilon;
+  bool fix_gamma;  // the gradient of gamma is 0
+  const void* dy;
+  const void* x;
+  const double* statistics;  // as in forward; not null
+  const void* gamma;
+  const void* moving_mean;
+  const void* moving_var;
+  void* dy_copy;             // gets a copy of dy; dy itself or null: no copy
+  double* backward_sums;     // null: not needed
+  double* backward_context;  // null: not needed
+  WriteMode gamma_grad_mode;
+  void* gamma_grad;
+  WriteMode beta_grad_mode;
+  void* beta_grad;
+};
+
+// Step 2 of backward: dx, from the backward sums of all devices.
+struct MomentsBackwardParams {
+  DataType type;
+  FeatureShape shape;
+  const void* dy;
+  const void* x;
+  const double* backward_sums;
+  const double* backward_context;
+  WriteMode dx_mode;
+  void* dx;  // may be dy
+};
+
+// Both steps of backward, on one device.
+struct LocalBackwardParams {
   DataType type;
   FeatureShape shape;
   double epsilon;
   bool fix_gamma;
   const void* dy;
   const void* x;
-  const double* statistics;
+  const double* statistics;  // from RunLocal's forward; null: it used the moving statistics
   const void* gamma;
   const void* moving_mean;
   const void* moving_var;
-  Request dx_request;
-  void* dx;  // may be dy itself
-  double* statistics_grad;
-  double* coefficients_grad;
-  Request gamma_request;
+  WriteMode dx_mode;
+  void* dx;  // may be dy
+  WriteMode gamma_grad_mode;
   void* gamma_grad;
-  Request beta_request;
+  WriteMode beta_grad_mode;
   void* beta_grad;
 };
 
-// Moments, backward: dx from dy, x and the exchanged sums.
-struct MomentsBackward {
-  DataType type;
-  FeatureShape shape;
-  const void* dy;
-  const void* x;
-  const double* statistics_grad;
-  const double* coefficients_grad;
-  Request dx_request;
-  void* dx;  // may be dy itself
-};
+// The four kernels of a synchronized layer.  The statistics are exchanged between the two of
+// forward, the backward sums between the two of backward.
+void Run(Cpu, const MomentsForwardParams& params);
+void Run(Cpu, const NormalizeForwardParams& params);
+void Run(Cpu, const NormalizeBackwardParams& params);
+void Run(Cpu, const MomentsBackwardParams& params);
+void Run(const Gpu&, const MomentsForwardParams& params);
+void Run(const Gpu&, const NormalizeForwardParams& params);
+void Run(const Gpu&, const NormalizeBackwardParams& params);
+void Run(const Gpu&, const MomentsBackwardParams& params);
 
-void Run(Cpu, const MomentsForward& kernel);
-void Run(Cpu, const NormalizeForward& kernel);
-void Run(Cpu, const NormalizeBackward& kernel);
-void Run(Cpu, const MomentsBackward& kernel);
-void Run(const Gpu&, const MomentsForward& kernel);
-void Run(const Gpu&, const NormalizeForward& kernel);
-void Run(const Gpu&, const NormalizeBackward& kernel);
-void Run(const Gpu&, const MomentsBackward& kernel);
-
-// Both forward kernels and both backward kernels, for a device that has nobody to wait for between
-// them.  The forward leaves its statistics in `statistics`, of LocalStatisticsSize and in an order
-// of the device's own, and the backward takes them from its kernel; null: the moving statistics.
+// The unsynchronized layer: both steps of forward, and both of backward, without an exchange.
+// Forward computes the batch's statistics (those of `params` are ignored) and leaves them in
+// `statistics`, LocalStatisticsSize numbers in an order that only backward of the same device
+// knows.  If `statistics` is null, it uses the moving statistics.
 inline std::size_t LocalStatisticsSize(std::size_t channels) { return 3 * channels; }
-void RunAlone(Cpu, const NormalizeForward& kernel, double* statistics);
-void RunAlone(Cpu, const NormalizeBackward& kernel);
-void RunAlone(const Gpu&, const NormalizeForward& kernel, double* statistics);
-void RunAlone(const Gpu&, const NormalizeBackward& kernel);
+void RunLocal(Cpu, const NormalizeForwardParams& params, double* statistics);
+void RunLocal(Cpu, const LocalBackwardParams& params);
+void RunLocal(const Gpu&, const NormalizeForwardParams& params, double* statistics);
+void RunLocal(const Gpu&, const LocalBackwardParams& params);
 
 }  // namespace gluon_syncbn

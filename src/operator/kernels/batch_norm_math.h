@@ -1,7 +1,7 @@
-// The arithmetic of batch normalization per channel, once for CPUs, GPUs and the exchange.
+// The arithmetic of batch normalization per channel: once for CPUs, GPUs and the exchange.
 //
-// What is per element is each device's own (kernels/cpu/loops.inc, kernels/cuda/elementwise.cuh, kernels/cuda/reduction.cuh).
-// See batch_norm_kernels.h for the formulas' names.
+// Loops over elements are each device's own (cpu/loops.inc, cuda/elementwise.cuh,
+// cuda/reduction.cuh).  batch_norm_kernels.h has the notation.
 #pragma once
 
 #include <cmath>
@@ -17,183 +17,200 @@
 
 namespace gluon_syncbn {
 
-// Some elements of a channel: how many, their mean, and sum((x - mean)^2).
+// Of some elements of a channel: n, mean and M2.
 struct Moments {
   double count, mean, m2;
 };
 
-// The moments of the elements of both: Chan, Golub and LeVeque, "Updating formulae and a pairwise
+// The moments of a and b together: Chan, Golub and LeVeque, "Updating formulae and a pairwise
 // algorithm for computing sample variances", Stanford STAN-CS-79-773, 1979.  Means are only ever
-// subtracted from each other, so nothing is lost however far from zero they lie.
+// subtracted from each other, so nothing is lost however far from zero they are.
 GLUON_SYNCBN_ON_ANY_DEVICE inline Moments Merged(const Moments& a, const Moments& b) {
   if (!(a.count > 0)) return b;
   const double count = a.count + b.count;
-  const double distance = b.mean - a.mean, share = b.count / count;
-  return {count, a.mean + distance * share, a.m2 + b.m2 + distance * distance * (a.count * share)};
+  const double distance = b.mean - a.mean, weight = b.count / count;
+  return {count, a.mean + distance * weight,
+          a.m2 + b.m2 + distance * distance * (a.count * weight)};
 }
 
-// The sums over elements of a channel of their distance from a pivot, and of its square ("shifted
-// data": Chan, Golub and LeVeque, "Algorithms for computing the sample variance: analysis and
-// recommendations", The American Statistician 37, 1983).  What is lost is the factor by which
-// `squares` exceeds M2, its value about the mean: close to 1 for a pivot among most elements, and
-// never above 1 + count for a pivot that is one of them, since then M2 contains its own distance.
+// Sums over elements of a channel of (x - pivot) and (x - pivot)^2 ("shifted data" in Chan, Golub
+// and LeVeque, "Algorithms for computing the sample variance: analysis and recommendations", The
+// American Statistician 37, 1983).  The relative error of M2 grows by the factor by which `squares`
+// exceeds M2: close to 1 if the pivot lies among most elements, and at most 1 + count if it is one
+// of them, because M2 then contains its own distance from the mean.
 struct ShiftedSums {
   double sum = 0.0, squares = 0.0;
 
-  // Adds `count` elements whose sums were taken about another pivot, `distance` above this one.
+  // Adds the sums of `count` elements about another pivot, which is this one + `distance`.
   GLUON_SYNCBN_ON_ANY_DEVICE void Add(double distance, double count, double other_sum,
                                       double other_squares) {
     squares += other_squares + distance * (2 * other_sum + count * distance);
     sum += other_sum + count * distance;
   }
-  GLUON_SYNCBN_ON_ANY_DEVICE Moments About(double pivot, double count) const {
+  GLUON_SYNCBN_ON_ANY_DEVICE Moments ToMoments(double pivot, double count) const {
     if (!(count > 0)) return {0.0, 0.0, 0.0};
     const double distance = sum / count;
     const double m2 = squares - sum * distance;
-    // Rounding can leave a constant channel a little below 0; NaN must stay NaN.
+    // Rounding can take a constant channel slightly below 0; NaN must stay NaN.
     return {count, pivot + distance, m2 < 0 ? 0.0 : m2};
   }
 };
 
-// The statistics that a pass uses: over all devices, or, where nobody measured or no device had an
-// element, the moving ones.  `W` is the type of the parameters.
-template <typename W>
+// Stores a result.  `T` is float or double.
+template <typename T>
+GLUON_SYNCBN_ON_ANY_DEVICE void Store(WriteMode mode, T* to, double value) {
+  if (mode == WriteMode::kWrite) *to = static_cast<T>(value);
+  if (mode == WriteMode::kAdd) *to = static_cast<T>(*to + value);
+}
+
+// The statistics by which a pass normalizes: the batch's, or the moving ones if the batch has none
+// (they were not computed, or no device had an element).
+template <typename Acc>
 struct StatisticsInUse {
   std::size_t channels;
   const double* statistics;  // may be null
-  const W* moving_mean;
-  const W* moving_var;
+  const Acc* moving_mean;
+  const Acc* moving_var;
 
-  // How many elements the statistics are over; 0: the moving statistics are used.
+  // n; 0 if the moving statistics are used.
   GLUON_SYNCBN_ON_ANY_DEVICE double Count() const {
     const double count = statistics == nullptr ? 0.0 : statistics[2 * channels];
     return count > 0 ? count : 0.0;
   }
+  GLUON_SYNCBN_ON_ANY_DEVICE bool AreOfBatch() const { return Count() > 0; }
   GLUON_SYNCBN_ON_ANY_DEVICE double Mean(std::size_t c) const {
-    return Count() > 0 ? statistics[c] : static_cast<double>(moving_mean[c]);
+    return AreOfBatch() ? statistics[c] : static_cast<double>(moving_mean[c]);
   }
   GLUON_SYNCBN_ON_ANY_DEVICE double Variance(std::size_t c) const {
-    const double count = Count();
-    return count > 0 ? statistics[channels + c] / count : static_cast<double>(moving_var[c]);
+    return AreOfBatch() ? statistics[channels + c] / Count() : static_cast<double>(moving_var[c]);
   }
 };
 
-template <typename W, typename Kernel>
-StatisticsInUse<W> InUse(const Kernel& k) {
-  return {k.shape.channels, k.statistics, static_cast<const W*>(k.moving_mean),
-          static_cast<const W*>(k.moving_var)};
+template <typename Acc, typename Params>
+StatisticsInUse<Acc> InUse(const Params& p) {
+  return {p.shape.channels, p.statistics, static_cast<const Acc*>(p.moving_mean),
+          static_cast<const Acc*>(p.moving_var)};
 }
 
-// What is computed per element: (x - mean) * scale + shift [+ factor * dy].
-template <typename W>
-struct alignas(4 * sizeof(W) > 16 ? 16 : 4 * sizeof(W)) TableEntry {
-  W mean, scale, shift, factor;
+// The numbers of a channel for the loops over elements, which compute
+// (x - mean) * scale + shift [+ factor * dy].
+template <typename Acc>
+struct alignas(4 * sizeof(Acc) > 16 ? 16 : 4 * sizeof(Acc)) ChannelEntry {
+  Acc mean, scale, shift, factor;
 };
 
-// The mean as the sum of two numbers, so that x - mean stays exact: its low part is in the shift.
-template <typename W>
-GLUON_SYNCBN_ON_ANY_DEVICE TableEntry<W> Entry(double mean, double scale, double shift,
-                                               double factor) {
-  const W high = static_cast<W>(mean);
+// x - mean stays exact: the low part of the mean, which Acc cannot hold, goes into the shift.
+template <typename Acc>
+GLUON_SYNCBN_ON_ANY_DEVICE ChannelEntry<Acc> ToEntry(double mean, double scale, double shift,
+                                                     double factor) {
+  const Acc high = static_cast<Acc>(mean);
   const double low = mean - high;
-  return {high, static_cast<W>(scale), static_cast<W>(shift - scale * low), static_cast<W>(factor)};
+  return {high, static_cast<Acc>(scale), static_cast<Acc>(shift - scale * low),
+          static_cast<Acc>(factor)};
 }
 
-// y = (x - mean) * gamma * r + beta
-template <typename W>
-GLUON_SYNCBN_ON_ANY_DEVICE TableEntry<W> NormalizeEntry(const NormalizeForward& k,
-                                                        const StatisticsInUse<W>& statistics,
-                                                        std::size_t c) {
-  const double gamma = k.fix_gamma ? 1.0 : static_cast<double>(static_cast<const W*>(k.gamma)[c]);
-  return Entry<W>(statistics.Mean(c), gamma / std::sqrt(statistics.Variance(c) + k.epsilon),
-                  static_cast<const W*>(k.beta)[c], 0.0);
+// y = (x - mean) * gamma * invstd + beta
+template <typename Acc>
+GLUON_SYNCBN_ON_ANY_DEVICE ChannelEntry<Acc> NormalizeEntry(const NormalizeForwardParams& p,
+                                                            const StatisticsInUse<Acc>& statistics,
+                                                            std::size_t c) {
+  const double gamma = p.fix_gamma ? 1.0 : static_cast<double>(static_cast<const Acc*>(p.gamma)[c]);
+  return ToEntry<Acc>(statistics.Mean(c), gamma / std::sqrt(statistics.Variance(c) + p.epsilon),
+                      static_cast<const Acc*>(p.beta)[c], 0.0);
 }
 
-// How much the moving statistics keep of what they were.
-template <typename W>
-GLUON_SYNCBN_ON_ANY_DEVICE double Momentum(const NormalizeForward& k) {
-  if (k.batches == nullptr) return k.momentum;
-  const double before = *static_cast<const W*>(k.batches);
+// The weight of the old moving statistics in the new ones.
+template <typename Acc>
+GLUON_SYNCBN_ON_ANY_DEVICE double Momentum(const NormalizeForwardParams& p) {
+  if (p.batches == nullptr) return p.momentum;
+  const double before = *static_cast<const Acc*>(p.batches);
   return before / (before + 1);
 }
 
-// After all channels have taken their Momentum.  In float32 the number stays at 2^24, where one
-// batch more or less no longer changes the average.
-template <typename W>
-GLUON_SYNCBN_ON_ANY_DEVICE void CountBatch(const NormalizeForward& k) {
-  if (k.batches != nullptr) *static_cast<W*>(k.batches) += 1;
+// Call after Momentum has been read for all channels.  In float32 the number stays at 2^24, where
+// one batch more no longer changes the average.
+template <typename Acc>
+GLUON_SYNCBN_ON_ANY_DEVICE void CountBatch(const NormalizeForwardParams& p) {
+  if (p.batches != nullptr) *static_cast<Acc*>(p.batches) += 1;
 }
 
-// After NormalizeEntry, which may read them.
-template <typename W>
-GLUON_SYNCBN_ON_ANY_DEVICE void MoveStatistics(const NormalizeForward& k,
-                                               const StatisticsInUse<W>& statistics,
-                                               std::size_t c) {
-  const double momentum = Momentum<W>(k);
-  if (!(statistics.Count() > 0) || momentum == 1) return;
-  const auto move = [&](void* moving, double batch) {
-    W* to = static_cast<W*>(moving) + c;
-    *to = static_cast<W>(momentum * *to + (1 - momentum) * batch);
-  };
-  move(k.moving_mean, statistics.Mean(c));
-  move(k.moving_var, statistics.Variance(c));
-}
-
-// r and A.
-struct Coefficients {
-  double r, a;
-};
-template <typename W>
-GLUON_SYNCBN_ON_ANY_DEVICE Coefficients CoefficientsOf(const NormalizeBackward& k,
-                                                       const StatisticsInUse<W>& statistics,
+// Call after NormalizeEntry, which may read the moving statistics.
+template <typename Acc>
+GLUON_SYNCBN_ON_ANY_DEVICE void UpdateMovingStatistics(const NormalizeForwardParams& p,
+                                                       const StatisticsInUse<Acc>& statistics,
                                                        std::size_t c) {
-  const double r = 1.0 / std::sqrt(statistics.Variance(c) + k.epsilon);
-  return {r, k.fix_gamma ? r : r * static_cast<const W*>(k.gamma)[c]};
+  const double momentum = Momentum<Acc>(p);
+  if (!statistics.AreOfBatch() || momentum == 1) return;
+  const auto update = [&](void* moving, double batch) {
+    Acc* to = static_cast<Acc*>(moving) + c;
+    *to = static_cast<Acc>(momentum * *to + (1 - momentum) * batch);
+  };
+  update(p.moving_mean, statistics.Mean(c));
+  update(p.moving_var, statistics.Variance(c));
 }
 
-template <typename W>
-GLUON_SYNCBN_ON_ANY_DEVICE void Assign(Request request, void* array, std::size_t c, double value) {
-  W* to = static_cast<W*>(array) + c;
-  if (request == Request::kWrite) *to = static_cast<W>(value);
-  if (request == Request::kAdd) *to = static_cast<W>(*to + value);
+struct Scales {
+  double invstd, gamma_invstd;
+};
+template <typename Acc, typename BackwardParams>
+GLUON_SYNCBN_ON_ANY_DEVICE Scales ScalesOf(const BackwardParams& p,
+                                           const StatisticsInUse<Acc>& statistics, std::size_t c) {
+  const double invstd = 1.0 / std::sqrt(statistics.Variance(c) + p.epsilon);
+  return {invstd, p.fix_gamma ? invstd : invstd * static_cast<const Acc*>(p.gamma)[c]};
 }
 
-// What a device's sums over dy come to: `sum` of dy, `centred` of dy * (x - mean).
-template <typename W>
-GLUON_SYNCBN_ON_ANY_DEVICE void FinishGradients(const NormalizeBackward& k,
-                                                const StatisticsInUse<W>& statistics, std::size_t c,
-                                                double sum, double centred) {
-  const Coefficients coefficients = CoefficientsOf(k, statistics, c);
-  Assign<W>(k.gamma_request, k.gamma_grad, c, k.fix_gamma ? 0.0 : centred * coefficients.r);
-  Assign<W>(k.beta_request, k.beta_grad, c, sum);
-  const double count = statistics.Count();
-  const double per_element = count > 0 ? coefficients.a / count : 0.0;
-  if (k.statistics_grad != nullptr) {
-    k.statistics_grad[c] = -per_element * sum;
-    k.statistics_grad[statistics.channels + c] =
-        -per_element * coefficients.r * coefficients.r * centred;
-    if (c == 0) k.statistics_grad[2 * statistics.channels] = 0.0;
+// `sum_dy` and `sum_dy_xmu` are this device's sums of dy and of dy * (x - mean).
+template <typename Acc, typename BackwardParams>
+GLUON_SYNCBN_ON_ANY_DEVICE void StoreParameterGradients(const BackwardParams& p,
+                                                        const Scales& scales, std::size_t c,
+                                                        double sum_dy, double sum_dy_xmu) {
+  Store(p.gamma_grad_mode, static_cast<Acc*>(p.gamma_grad) + c,
+        p.fix_gamma ? 0.0 : sum_dy_xmu * scales.invstd);
+  Store(p.beta_grad_mode, static_cast<Acc*>(p.beta_grad) + c, sum_dy);
+}
+
+template <typename Acc>
+GLUON_SYNCBN_ON_ANY_DEVICE void FinishGradients(const LocalBackwardParams& p,
+                                                const StatisticsInUse<Acc>& statistics,
+                                                std::size_t c, double sum_dy, double sum_dy_xmu) {
+  StoreParameterGradients<Acc>(p, ScalesOf(p, statistics, c), c, sum_dy, sum_dy_xmu);
+}
+
+template <typename Acc>
+GLUON_SYNCBN_ON_ANY_DEVICE void FinishGradients(const NormalizeBackwardParams& p,
+                                                const StatisticsInUse<Acc>& statistics,
+                                                std::size_t c, double sum_dy, double sum_dy_xmu) {
+  const Scales scales = ScalesOf(p, statistics, c);
+  StoreParameterGradients<Acc>(p, scales, c, sum_dy, sum_dy_xmu);
+  const std::size_t channels = statistics.channels;
+  const double per_element =
+      statistics.AreOfBatch() ? scales.gamma_invstd / statistics.Count() : 0.0;
+  if (p.backward_sums != nullptr) {
+    p.backward_sums[c] = -per_element * sum_dy;
+    p.backward_sums[channels + c] = -per_element * scales.invstd * scales.invstd * sum_dy_xmu;
+    if (c == 0) p.backward_sums[2 * channels] = 0.0;
   }
-  if (k.coefficients_grad != nullptr) {
-    k.coefficients_grad[c] = coefficients.a;
-    k.coefficients_grad[statistics.channels + c] = statistics.Mean(c);
+  if (p.backward_context != nullptr) {
+    p.backward_context[c] = scales.gamma_invstd;
+    p.backward_context[channels + c] = statistics.Mean(c);
   }
 }
 
-// dx = A * dy, where the moving statistics normalized.
-template <typename W>
-GLUON_SYNCBN_ON_ANY_DEVICE TableEntry<W> ScaleEntry(const NormalizeBackward& k,
-                                                    const StatisticsInUse<W>& statistics,
-                                                    std::size_t c) {
-  return Entry<W>(0.0, CoefficientsOf(k, statistics, c).a, 0.0, 0.0);
+// dx = gamma * invstd * dy, where forward used the moving statistics.
+template <typename Acc>
+GLUON_SYNCBN_ON_ANY_DEVICE ChannelEntry<Acc> ScaleEntry(const LocalBackwardParams& p,
+                                                        const StatisticsInUse<Acc>& statistics,
+                                                        std::size_t c) {
+  return ToEntry<Acc>(0.0, ScalesOf(p, statistics, c).gamma_invstd, 0.0, 0.0);
 }
 
-// dx = A * dy + (x - mean) * B + C
-template <typename W>
-GLUON_SYNCBN_ON_ANY_DEVICE TableEntry<W> CombineEntry(const MomentsBackward& k, std::size_t c) {
-  const std::size_t channels = k.shape.channels;
-  return Entry<W>(k.coefficients_grad[channels + c], k.statistics_grad[channels + c],
-                  k.statistics_grad[c], k.coefficients_grad[c]);
+// dx = (x - mean) * b + c + gamma * invstd * dy
+template <typename Acc>
+GLUON_SYNCBN_ON_ANY_DEVICE ChannelEntry<Acc> CombineEntry(const MomentsBackwardParams& p,
+                                                          std::size_t c) {
+  const std::size_t channels = p.shape.channels;
+  return ToEntry<Acc>(p.backward_context[channels + c], p.backward_sums[channels + c],
+                      p.backward_sums[c], p.backward_context[c]);
 }
 
 }  // namespace gluon_syncbn

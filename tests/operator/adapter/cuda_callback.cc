@@ -1,16 +1,16 @@
-// Numbers that come from a GPU in a callback which does not bear exceptions; see
-// test_cuda_library.py. Compiled twice: as a stand-in for libgluon_syncbn_cuda.so, and as the
+// Reads numbers from a GPU in a callback through which no exception may pass; see
+// test_cuda_library.py.  Compiled twice: as a stand-in for libgluon_syncbn_cuda.so, and as the
 // program that calls it.
 #include <cstdio>
 #include <stdexcept>
 #include <string>
 
-#include "kernels/cuda/functions.h"
 #include "adapter/cuda_library.h"
+#include "kernels/cuda/functions.h"
 
 #ifdef CUDA_SIDE
 
-// As a C library's function would be, with no way through it for an exception.
+// Calls `done` as a C library would: an exception cannot pass.
 GLUON_SYNCBN_CUDA(ReadValues, int, gluon_syncbn::DataType, const void* from, std::size_t count,
                   GluonSyncBNValuesRead done, void* data) {
   [&]() noexcept { done(data, static_cast<const double*>(from), count, nullptr); }();

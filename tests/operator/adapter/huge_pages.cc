@@ -1,5 +1,5 @@
-// Asks for large pages for a result that has memory, and for one that has none; see
-// test_in_place.py.  Prints the addresses that the system is told.
+// Requests huge pages for a result with memory and for one without; see test_in_place.py.  Prints
+// which addresses madvise gets.
 #include "adapter/huge_pages.h"
 
 #include <cstdio>

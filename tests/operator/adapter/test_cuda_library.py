@@ -114,9 +114,9 @@ def test_loads_without_a_driver_and_says_what_is_missing():
         index, stream = 0, None
 
     kernels = checks.Kernels(ctypes.CDLL(str(CUDA)), NoDevice())
-    kernel = checks.MomentsBackward(1, checks.feature_shape((2, 3), 1))
+    params = checks.MomentsBackwardParams(1, checks.feature_shape((2, 3), 1))
     with pytest.raises(RuntimeError, match="gluon_syncbn on the GPU: .*(driver|device)"):
-        kernels.run(kernel)
+        kernels.run(params)
 
 
 def test_gpus_without_the_cuda_side(tmp_path):

@@ -1,6 +1,6 @@
-"""The CUDA kernels' arithmetic and indices, where there is no GPU.
+"""The CUDA kernels' arithmetic and indices, without a GPU.
 
-The very sources are compiled for the CPU, against an emulation of CUDA (tests/cuda_emulation), and
+The same sources are compiled for the CPU, against an emulation of CUDA (tests/cuda_emulation), and
 checked against NumPy in float64.  On a GPU, tests/gpu does the same, and more.
 """
 
@@ -15,7 +15,7 @@ import emulated_cuda
 import gpu_kernels as checks
 
 DTYPES = ["float16", "float32", "float64"]
-# Planes of whole accesses and others, rows of whole accesses and others, few channels and many.
+# Planes and rows with and without whole accesses, few channels and many.
 LAYOUTS = [
     ((4, 8, 8, 8), 1),
     ((3, 5, 7, 7), 1),
@@ -37,9 +37,9 @@ LAYOUTS = [
 
 
 class GuardedArray:
-    """An array that ends where memory ends, but for what rounding to 16 bytes leaves.
+    """An array that ends, up to rounding to 16 bytes, at the end of accessible memory.
 
-    To read a whole access behind it is a crash, and who writes there is found out.
+    Reading an access after its end crashes, and writes into the padding are detected.
     """
 
     CANARY = 0xA5
@@ -61,18 +61,20 @@ class GuardedArray:
             values.shape
         )
         self.view[...] = values
-        self.behind = np.frombuffer(
+        self.padding = np.frombuffer(
             self.memory, "uint8", size - values.nbytes, offset + values.nbytes
         )
-        self.behind[...] = self.CANARY
+        self.padding[...] = self.CANARY
 
     def numpy(self):
-        assert (self.behind == self.CANARY).all(), "something was written behind the array"
+        assert (
+            self.padding == self.CANARY
+        ).all(), "something was written after the end of the array"
         return self.view.copy()
 
 
 class DeviceArray:
-    """An array in a device's memory: its own kernels and copies can reach it, nobody else."""
+    """An array in a device's memory, accessible to the device's own kernels and copies only."""
 
     def __init__(self, library, values):
         values = np.ascontiguousarray(values)
@@ -106,7 +108,7 @@ class EmulatedDevice:
         return self.keep(GuardedArray(values))
 
     def keep(self, array):
-        """An array that stays while a kernel may use it, and is read when all of them have run."""
+        """Keep the array as long as a kernel may use it, and read it after all kernels have run."""
         self.in_use.append(array)
         numpy = array.numpy
 
@@ -133,7 +135,7 @@ def device(library):
     return EmulatedDevice(library)
 
 
-# A device of few multiprocessors and one of many; threads in one order and in the other.
+# A device with few multiprocessors and one with many; both orders of threads.
 @pytest.fixture(params=[(1, 0), (3, 1), (132, 0)], ids=["small", "backwards", "large"])
 def kernels(request, library, device):
     library.Emulate(*request.param)
@@ -144,18 +146,18 @@ def kernels(request, library, device):
 @pytest.mark.parametrize("shape, axis", LAYOUTS)
 def test_a_step(kernels, dtype, shape, axis):
     checks.check_step(kernels, dtype, shape, axis)
-    checks.check_step(kernels, dtype, shape, axis, alone=True, in_place=True)
+    checks.check_step(kernels, dtype, shape, axis, local=True, in_place=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape, axis", [((8, 3, 9, 9), 1), ((300, 6), 1), ((7, 600), 1)])
-def test_moving_statistics_requests_and_handing_through(kernels, dtype, shape, axis):
-    for alone in (False, True):
-        checks.check_moving_statistics(kernels, dtype, shape, axis, alone)
-        checks.check_requests(kernels, dtype, shape, axis, alone)
-        checks.check_cumulative_average(kernels, dtype, shape, axis, alone)
-        checks.check_step(kernels, dtype, shape, axis, alone=alone, fix_gamma=True)
-    checks.check_no_measuring(kernels, dtype, shape, axis)
+def test_moving_statistics_write_modes_and_copies(kernels, dtype, shape, axis):
+    for local in (False, True):
+        checks.check_moving_statistics(kernels, dtype, shape, axis, local)
+        checks.check_write_modes(kernels, dtype, shape, axis, local)
+        checks.check_cumulative_average(kernels, dtype, shape, axis, local)
+        checks.check_step(kernels, dtype, shape, axis, local=local, fix_gamma=True)
+    checks.check_without_statistics(kernels, dtype, shape, axis)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -198,7 +200,7 @@ def test_on_a_device_that_is_not_the_current_one(library):
 
     kernels = FromTheFirst(library, second)
     checks.check_two_devices(kernels, "float32", (4, 3, 7, 7), 1)
-    checks.check_step(kernels, "float16", (4, 7, 7, 8), -1, alone=True)
+    checks.check_step(kernels, "float16", (4, 7, 7, 8), -1, local=True)
     assert library.cudaSetDevice(0) == 0
 
 
@@ -213,10 +215,10 @@ def test_on_a_device_that_is_not_the_current_one(library):
     ],
 )
 def test_far_from_zero(kernels, shape, axis):
-    """10,000 standard deviations away float32 holds the data themselves to 1e-3."""
+    """At 10,000 standard deviations, float32 represents the data themselves to 1e-3."""
     checks.check_step(kernels, "float32", shape, axis, offset=1e4)
-    for alone in (False, True):
-        checks.check_float64_far_from_zero(kernels, shape, axis, alone)
+    for local in (False, True):
+        checks.check_float64_far_from_zero(kernels, shape, axis, local)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -239,7 +241,7 @@ def test_the_same_bits_on_every_run_and_in_any_order(library, device):
 
 
 def test_arrays_that_do_not_begin_on_16_bytes(kernels):
-    """A part of an array, as x[1:] is."""
+    """A view of an array, such as x[1:]."""
 
     class Shifted(EmulatedDevice):
         def array(self, values):
@@ -250,7 +252,7 @@ def test_arrays_that_do_not_begin_on_16_bytes(kernels):
             return self.keep(whole)
 
     kernels.device = Shifted(kernels.library)
-    for dtype in DTYPES[:2]:  # float64 parameters lie on 8 bytes, too
+    for dtype in DTYPES[:2]:  # float64 parameters are at multiples of 8 bytes as well
         for shape, axis in [((4, 8, 8, 8), 1), ((40, 64), 1), ((3, 5, 7), 1)]:
             checks.check_step(kernels, dtype, shape, axis)
 
@@ -258,10 +260,10 @@ def test_arrays_that_do_not_begin_on_16_bytes(kernels):
 def test_nothing_is_allocated_in_the_steady_state(library, kernels):
     for _ in range(2):
         checks.check_two_devices(kernels, "float32", (4, 8, 8, 8), 1)
-        checks.check_step(kernels, "float32", (4, 8, 8, 8), 1, alone=True)
+        checks.check_step(kernels, "float32", (4, 8, 8, 8), 1, local=True)
         before = library.EmulatedAllocations()
         checks.check_two_devices(kernels, "float32", (4, 8, 8, 8), 1)
-        checks.check_step(kernels, "float32", (4, 8, 8, 8), 1, alone=True)
+        checks.check_step(kernels, "float32", (4, 8, 8, 8), 1, local=True)
     assert library.EmulatedAllocations() == before
 
 
@@ -280,7 +282,7 @@ def test_values_to_the_exchange_and_back(kernels):
 
 
 def test_values_leave_the_thread_on_its_device(library):
-    """They are read in whichever thread finds them ready, a user's perhaps."""
+    """They are read in whichever thread finds them ready, perhaps the user's."""
     library.Emulate(1, 0)
     kernels = checks.Kernels(library, EmulatedDevice(library))  # device 0
     current = ctypes.c_int()
@@ -294,7 +296,7 @@ def test_values_leave_the_thread_on_its_device(library):
 
 
 def test_planes_of_more_elements_than_an_int_counts(library):
-    """Of one element an access, as where arrays do not begin on 16 bytes: who reads what."""
+    """With one element per access, as for unaligned arrays: the elements that threads read."""
     outer, channels, inner, chunk, threads = 2, 3, 2**31 + 5, 10_000, 256
     last_plane = inner // chunk  # the slice with the end of the first plane
     for part in (0, last_plane, 2 * inner // chunk):
@@ -302,20 +304,20 @@ def test_planes_of_more_elements_than_an_int_counts(library):
         for thread in range(threads):
             at = (ctypes.c_int64 * chunk)()
             arguments = [ctypes.c_int64(n) for n in (outer, channels, inner, chunk, part)]
-            count = library.EmulatedWalk(*arguments, thread, ctypes.c_int64(1), chunk, at)
+            count = library.EmulatedPlaneCursor(*arguments, thread, ctypes.c_int64(1), chunk, at)
             places.update(at[:count])
         wanted = range(part * chunk, min((part + 1) * chunk, outer * inner))
         assert places == {i // inner * channels * inner + inner + i % inner for i in wanted}
 
 
-def test_errors_are_told(kernels):
+def test_errors_are_reported(kernels):
     layer = checks.Layer(kernels, "float32", (2, 3), 1)
-    kernel = checks.MomentsBackward(1, layer.shape)
+    params = checks.MomentsBackwardParams(1, layer.shape)
     with pytest.raises(RuntimeError, match="on the GPU: invalid device ordinal"):
-        kernels.run(kernel, device=7)
+        kernels.run(params, device=7)
 
 
-def test_a_failure_on_the_device_reaches_who_waits_for_its_numbers(library, kernels):
+def test_a_failure_on_the_device_is_passed_to_the_callback(library, kernels):
     array = kernels.device.array(np.ones(3))
     library.EmulateFailure(1)
     try:

@@ -1,18 +1,20 @@
-// The four kernels on the CPU.  See batch_norm_kernels.h for what they compute.
+// The kernels on the CPU.  batch_norm_kernels.h says what they compute.
 //
-// What is per channel is here.  What is per element is cut into tiles (feature_tiles.h), which
-// threads share (kernels/cpu/threads.h), and runs in loops for the CPU at hand (kernels/cpu/loops.h).  Memory is
-// what takes the time: each kernel reads and writes every element as often as it must, and what a
-// tile needs twice it gets from the cache the second time.
+// Work per channel is done here.  Work per element is cut into tiles (feature_tiles.h), which are
+// distributed over threads (threads.h) and processed by loops for the CPU at hand (loops.h).
+// Memory bandwidth is the limit, so each kernel reads and writes an element as seldom as possible,
+// and a tile that is needed twice comes from the cache the second time.
+#include "kernels/batch_norm_kernels.h"
+
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
-#include "kernels/batch_norm_kernels.h"
 #include "kernels/batch_norm_math.h"
+#include "kernels/cpu/feature_tiles.h"
+#include "kernels/cpu/local_batch_norm.h"
 #include "kernels/cpu/loops.h"
 #include "kernels/cpu/threads.h"
-#include "kernels/cpu/feature_tiles.h"
 
 namespace gluon_syncbn {
 namespace {
@@ -48,8 +50,9 @@ const CpuLoops<double>& Loops() {
   return loops.float64;
 }
 
-// Memory that a thread keeps from call to call, one piece per Use: small layers stay cheap.
-enum class Use { kTables, kChannelTable, kTileSums, kChannelSums, kMoments };
+// Memory that a thread keeps from call to call, so that small layers allocate nothing: one buffer
+// per Use.  Its contents are valid until the next Scratch of the same Use in this thread.
+enum class Use { kChannelParams, kChannelValues, kTileSums, kChannelSums, kMoments };
 template <Use use, typename Element>
 Element* Scratch(std::size_t size) {
   static thread_local std::vector<Element> buffer;
@@ -57,7 +60,7 @@ Element* Scratch(std::size_t size) {
   return buffer.data();
 }
 
-// Calls visit(c) for every channel.  Many channels are worth several threads, too.
+// Calls visit(c) for every channel, in several threads if there are many channels.
 template <typename Visit>
 void ForEachChannel(std::size_t channels, const Visit& visit) {
   constexpr std::size_t kPiece = 2048;
@@ -67,56 +70,58 @@ void ForEachChannel(std::size_t channels, const Visit& visit) {
   });
 }
 
-// What the loops read per column, set per channel: four numbers, each in a table of its own.
-template <typename W>
-class Tables {
+// The entries of all channels as the loops read them: an array per field, indexed by column.
+// Set every channel, then call Spread.
+template <typename Acc>
+class ChannelParams {
  public:
-  explicit Tables(const FeatureTiles& tiles)
+  explicit ChannelParams(const FeatureTiles& tiles)
       : tiles_(tiles),
         pitch_(std::max(tiles.channels(), tiles.columns())),
-        table_(Scratch<Use::kTables, W>(4 * pitch_)) {}
+        table_(Scratch<Use::kChannelParams, Acc>(4 * pitch_)) {}
 
-  void Set(std::size_t c, const TableEntry<W>& entry) {
+  void Set(std::size_t c, const ChannelEntry<Acc>& entry) {
     table_[c] = entry.mean;
     table_[pitch_ + c] = entry.scale;
     table_[2 * pitch_ + c] = entry.shift;
     table_[3 * pitch_ + c] = entry.factor;
   }
 
-  // Once all channels are set.
+  // Copies each channel's numbers to all of its columns.
   void Spread() {
     if (tiles_.columns() == tiles_.channels()) return;
-    W* channel_values = Scratch<Use::kChannelTable, W>(tiles_.channels());
+    Acc* channel_values = Scratch<Use::kChannelValues, Acc>(tiles_.channels());
     for (std::size_t t = 0; t < 4; ++t) {
-      W* table = table_ + t * pitch_;
+      Acc* table = table_ + t * pitch_;
       std::copy_n(table, tiles_.channels(), channel_values);
       tiles_.ForEachColumn(0, tiles_.columns(), [=](std::size_t column, std::size_t c) {
         table[column] = channel_values[c];
       });
     }
   }
-  Affine<W> affine() const { return {table_, table_ + pitch_, table_ + 2 * pitch_}; }
-  const W* factor() const { return table_ + 3 * pitch_; }
+  Affine<Acc> affine() const { return {table_, table_ + pitch_, table_ + 2 * pitch_}; }
+  const Acc* factor() const { return table_ + 3 * pitch_; }
 
  private:
   const FeatureTiles& tiles_;
   const std::size_t pitch_;
-  W* const table_;
+  Acc* const table_;
 };
 
 double ToDouble(Float16 value) { return ToFloat(value); }
 double ToDouble(double value) { return value; }
 
-// Sums per tile and column, then per channel.  sum(tile, to) leaves `kept` rows of tile_columns()
-// numbers, then(tile) finds the tile in the cache.  When all are there, add(tile, c, from) gets
-// them column by column and tile after tile, in one thread: `from` is in the first row.
+// Sums per tile and column, then per channel.  In parallel, sum(tile, to) stores `kept` rows of
+// tile_columns() numbers, and then(tile) runs while the tile is in the cache.  Afterwards one
+// thread calls add(tile, c, from) for the columns of one tile after the other, always in the same
+// order; `from` points to the column's number in the first row.
 //
-// The sums are float64 from the first addition on: float32 sums would need short blocks to be
-// accurate, and the conversion costs nothing while memory is the limit.
+// The sums are float64 from the first addition on: float32 sums would be accurate over short runs
+// only, and the conversion is free while memory bandwidth is the limit.
 template <typename Sum, typename Then, typename Add>
 void SumTiles(const FeatureTiles& tiles, std::size_t kept, const Sum& sum, const Then& then,
               const Add& add) {
-  // Whole cache lines for each tile: neighbours may be the work of different threads.
+  // Whole cache lines per tile, because different threads may write neighbours.
   const std::size_t pitch = (kept * tiles.tile_columns() + 7) / 8 * 8;
   double* partial = Scratch<Use::kTileSums, double>(tiles.count() * pitch);
   ParallelFor(tiles.count(), [&](std::size_t i) {
@@ -132,12 +137,13 @@ void SumTiles(const FeatureTiles& tiles, std::size_t kept, const Sum& sum, const
   }
 }
 
-// The moments of every channel, into `statistics`.
+// Stores the mean and M2 of every channel in `statistics`.
 template <typename T, typename Then>
-void MeasureTiles(const FeatureTiles& tiles, const T* x, double* statistics, const Then& then) {
+void ComputeMoments(const FeatureTiles& tiles, const T* x, double* statistics, const Then& then) {
   const std::size_t channels = tiles.channels(), columns = tiles.tile_columns();
-  // A tile's sums are about its own first elements.  All of a channel's are moved to one pivot, the
-  // mean of its first tile, which cannot be far from the others' unless the variance is as large.
+  // The pivots of a tile are its own first elements.  The sums of a channel are then converted to
+  // one pivot, the mean of its first tile, which is far from the other tiles' means only if the
+  // variance is large as well.
   struct Channel {
     double pivot = 0.0, count = 0.0;
     ShiftedSums sums;
@@ -156,13 +162,13 @@ void MeasureTiles(const FeatureTiles& tiles, const T* x, double* statistics, con
       [=](const FeatureTile& tile, std::size_t c, const double* from) {
         Channel& channel = all[c];
         const double count = static_cast<double>(tile.rows * tile.inner);
-        const double sum = from[0], squares = from[columns], origin = from[2 * columns];
-        if (channel.count == 0) channel.pivot = origin + sum / count;
-        channel.sums.Add(origin - channel.pivot, count, sum, squares);
+        const double sum = from[0], squares = from[columns], tile_pivot = from[2 * columns];
+        if (channel.count == 0) channel.pivot = tile_pivot + sum / count;
+        channel.sums.Add(tile_pivot - channel.pivot, count, sum, squares);
         channel.count += count;
       });
   ForEachChannel(channels, [=](std::size_t c) {
-    const Moments moments = all[c].sums.About(all[c].pivot, all[c].count);
+    const Moments moments = all[c].sums.ToMoments(all[c].pivot, all[c].count);
     statistics[c] = moments.mean;
     statistics[channels + c] = moments.m2;
   });
@@ -176,140 +182,163 @@ void CopyTile(const FeatureTile& tile, const T* from, T* to) {
   }
 }
 
-// Calls visit(tile) for every tile, the last first: the pass before, over the same data, was the
-// one that took sums, and what it read last is what is still in the cache.
+// Calls visit(tile) for every tile, in reverse order: the pass before this one read the same data
+// for the sums, and what it read last is still in the cache.
 template <typename Visit>
 void ForEachTileBackwards(const FeatureTiles& tiles, const Visit& visit) {
   ParallelFor(tiles.count(), [&](std::size_t i) { visit(tiles[tiles.count() - 1 - i]); });
 }
 
-// Moves the array once, x in; once more, to be written, where it has to be copied.
+// One pass over an array, x in; a second one, out, if x is copied.
 template <typename T>
-void RunTyped(const MomentsForward& k) {
-  const FeatureTiles tiles(k.shape);
-  const std::size_t channels = k.shape.channels;
-  const T* x = static_cast<const T*>(k.x);
-  T* copy = static_cast<T*>(k.copy);
-  if (!k.measure) {
-    std::fill_n(k.statistics, 2 * channels, 0.0);
-    k.statistics[2 * channels] = kNotMeasured;
+void RunTyped(const MomentsForwardParams& p) {
+  const FeatureTiles tiles(p.shape);
+  const std::size_t channels = p.shape.channels;
+  const T* x = static_cast<const T*>(p.x);
+  T* copy = static_cast<T*>(p.copy);
+  if (!p.compute_statistics) {
+    std::fill_n(p.statistics, 2 * channels, 0.0);
+    p.statistics[2 * channels] = kNoStatistics;
     if (copy != nullptr && copy != x) {
       ParallelFor(tiles.count(), [&](std::size_t i) { CopyTile(tiles[i], x, copy); });
     }
     return;
   }
-  MeasureTiles(tiles, x, k.statistics, [=](const FeatureTile& tile) {
+  ComputeMoments(tiles, x, p.statistics, [=](const FeatureTile& tile) {
     if (copy != nullptr && copy != x) CopyTile(tile, x, copy);
   });
-  k.statistics[2 * channels] = static_cast<double>(k.shape.count());
+  p.statistics[2 * channels] = static_cast<double>(p.shape.count());
 }
 
-// Moves two arrays once: x in, y out.  y needs the statistics of all devices, so it cannot be had
-// in the pass that took them.
+// Two passes over an array: x in, y out.  (y needs the statistics of all devices, so it cannot be
+// computed in the pass that reads x for them.)
 template <typename T>
-void RunTyped(const NormalizeForward& k) {
-  using W = Wide<T>;
-  const FeatureTiles tiles(k.shape);
-  const auto statistics = InUse<W>(k);
-  Tables<W> tables(tiles);
-  ForEachChannel(k.shape.channels, [&](std::size_t c) {
-    tables.Set(c, NormalizeEntry(k, statistics, c));
-    MoveStatistics(k, statistics, c);
+void RunTyped(const NormalizeForwardParams& p) {
+  using Acc = AccType<T>;
+  const FeatureTiles tiles(p.shape);
+  const auto statistics = InUse<Acc>(p);
+  ChannelParams<Acc> params(tiles);
+  ForEachChannel(p.shape.channels, [&](std::size_t c) {
+    params.Set(c, NormalizeEntry(p, statistics, c));
+    UpdateMovingStatistics(p, statistics, c);
   });
-  if (statistics.Count() > 0) CountBatch<W>(k);
-  if (k.y_request == Request::kNull) return;
-  tables.Spread();
-  const T* x = static_cast<const T*>(k.x);
-  T* y = static_cast<T*>(k.y);
+  if (statistics.AreOfBatch()) CountBatch<Acc>(p);
+  if (p.y_mode == WriteMode::kSkip) return;
+  params.Spread();
+  const T* x = static_cast<const T*>(p.x);
+  T* y = static_cast<T*>(p.y);
   ForEachTileBackwards(tiles, [&](const FeatureTile& tile) {
-    Loops<T>().affine(tile, tables.affine(), x, y, k.y_request == Request::kAdd);
+    Loops<T>().affine(tile, params.affine(), x, y, p.y_mode == WriteMode::kAdd);
   });
 }
 
-// Moves two arrays once: dy and x in, both of which the sums are over.  dy handed through in place
-// stays where it is; dx out is a third, alone or where dy has to be copied.
-template <typename T>
-void RunTyped(const NormalizeBackward& k) {
-  using W = Wide<T>;
-  const FeatureTiles tiles(k.shape);
-  const std::size_t channels = k.shape.channels, columns = tiles.tile_columns();
-  const T* dy = static_cast<const T*>(k.dy);
-  const T* x = static_cast<const T*>(k.x);
-  T* dx = static_cast<T*>(k.dx);
-  const auto statistics = InUse<W>(k);
-  const bool alone = k.statistics == nullptr;
-  // One table more: what the sums over x are about, the mean rounded to W.
-  Tables<W> tables(tiles);
-  ForEachChannel(channels, [&](std::size_t c) {
-    TableEntry<W> entry = ScaleEntry(k, statistics, c);
-    entry.factor = static_cast<W>(statistics.Mean(c));
-    tables.Set(c, entry);
-  });
-  tables.Spread();
-  const W* about = tables.factor();
+// The sums of dy and dy * (x - mean) over this device's elements, and what FinishGradients makes of
+// them.  `then(tile)` runs while the tile is in the cache.
+template <typename T, typename BackwardParams, typename Then>
+void SumGradients(const BackwardParams& p, const FeatureTiles& tiles,
+                  const StatisticsInUse<AccType<T>>& statistics, const AccType<T>* column_means,
+                  const Then& then) {
+  using Acc = AccType<T>;
+  const std::size_t channels = p.shape.channels, columns = tiles.tile_columns();
+  const T* dy = static_cast<const T*>(p.dy);
+  const T* x = static_cast<const T*>(p.x);
   double* sum_dy = Scratch<Use::kChannelSums, double>(2 * channels);
-  double* sum_products = sum_dy + channels;
+  double* sum_dy_xmu = sum_dy + channels;
   std::fill_n(sum_dy, 2 * channels, 0.0);
   SumTiles(
       tiles, 2,
       [=](const FeatureTile& tile, double* to) {
-        Loops<T>().products(tile, about, dy, x, to, to + columns);
+        Loops<T>().products(tile, column_means, dy, x, to, to + columns);
       },
-      [&](const FeatureTile& tile) {
-        if (k.dx_request == Request::kNull) return;
-        if (alone) {
-          Loops<T>().affine(tile, tables.affine(), dy, dx, k.dx_request == Request::kAdd);
-        } else if (dx != dy) {
-          CopyTile(tile, dy, dx);
-        }
-      },
+      then,
       [=](const FeatureTile&, std::size_t c, const double* from) {
         sum_dy[c] += from[0];
-        sum_products[c] += from[columns];
+        sum_dy_xmu[c] += from[columns];
       });
   ForEachChannel(channels, [&](std::size_t c) {
-    // What rounding took from the mean.
-    const double mean = statistics.Mean(c), low = mean - static_cast<W>(mean);
-    FinishGradients(k, statistics, c, sum_dy[c], sum_products[c] - low * sum_dy[c]);
+    // What rounding to Acc took from the mean.
+    const double mean = statistics.Mean(c), low = mean - static_cast<Acc>(mean);
+    FinishGradients(p, statistics, c, sum_dy[c], sum_dy_xmu[c] - low * sum_dy[c]);
   });
 }
 
-// Moves three arrays once: dy and x in, dx out.  dx needs the sums of all devices over dy and x,
-// so it cannot be had in the pass that took them.
+// Two passes over an array, dy and x in; a third one, out, if dy is copied.
 template <typename T>
-void RunTyped(const MomentsBackward& k) {
-  using W = Wide<T>;
-  if (k.dx_request == Request::kNull) return;
-  const FeatureTiles tiles(k.shape);
-  Tables<W> tables(tiles);
-  ForEachChannel(k.shape.channels, [&](std::size_t c) { tables.Set(c, CombineEntry<W>(k, c)); });
-  tables.Spread();
-  const T* dy = static_cast<const T*>(k.dy);
-  const T* x = static_cast<const T*>(k.x);
-  T* dx = static_cast<T*>(k.dx);
-  ForEachTileBackwards(tiles, [&](const FeatureTile& tile) {
-    Loops<T>().combine(tile, tables.affine(), tables.factor(), dy, x, dx,
-                       k.dx_request == Request::kAdd);
+void RunTyped(const NormalizeBackwardParams& p) {
+  using Acc = AccType<T>;
+  const FeatureTiles tiles(p.shape);
+  const auto statistics = InUse<Acc>(p);
+  ChannelParams<Acc> params(tiles);
+  ForEachChannel(p.shape.channels, [&](std::size_t c) {
+    params.Set(c, {static_cast<Acc>(statistics.Mean(c)), 0, 0, 0});
+  });
+  params.Spread();
+  const T* dy = static_cast<const T*>(p.dy);
+  T* copy = static_cast<T*>(p.dy_copy);
+  SumGradients<T>(p, tiles, statistics, params.affine().mean, [=](const FeatureTile& tile) {
+    if (copy != nullptr && copy != dy) CopyTile(tile, dy, copy);
   });
 }
 
-template <typename Kernel>
-void Dispatch(const Kernel& kernel) {
-  switch (kernel.type) {
+// Three passes over an array: dy and x in, dx out.
+template <typename T>
+void RunTyped(const LocalBackwardParams& p) {
+  using Acc = AccType<T>;
+  const FeatureTiles tiles(p.shape);
+  const auto statistics = InUse<Acc>(p);
+  ChannelParams<Acc> params(tiles);
+  ForEachChannel(p.shape.channels, [&](std::size_t c) {
+    ChannelEntry<Acc> entry = ScaleEntry(p, statistics, c);
+    entry.factor = static_cast<Acc>(statistics.Mean(c));  // for the sums
+    params.Set(c, entry);
+  });
+  params.Spread();
+  const T* dy = static_cast<const T*>(p.dy);
+  T* dx = static_cast<T*>(p.dx);
+  SumGradients<T>(p, tiles, statistics, params.factor(), [&](const FeatureTile& tile) {
+    if (p.dx_mode == WriteMode::kSkip) return;
+    Loops<T>().affine(tile, params.affine(), dy, dx, p.dx_mode == WriteMode::kAdd);
+  });
+}
+
+// Three passes over an array: dy and x in, dx out.  (dx needs the sums of all devices, so it cannot
+// be computed in the pass that reads dy and x for them.)
+template <typename T>
+void RunTyped(const MomentsBackwardParams& p) {
+  using Acc = AccType<T>;
+  if (p.dx_mode == WriteMode::kSkip) return;
+  const FeatureTiles tiles(p.shape);
+  ChannelParams<Acc> params(tiles);
+  ForEachChannel(p.shape.channels, [&](std::size_t c) { params.Set(c, CombineEntry<Acc>(p, c)); });
+  params.Spread();
+  const T* dy = static_cast<const T*>(p.dy);
+  const T* x = static_cast<const T*>(p.x);
+  T* dx = static_cast<T*>(p.dx);
+  ForEachTileBackwards(tiles, [&](const FeatureTile& tile) {
+    Loops<T>().combine(tile, params.affine(), params.factor(), dy, x, dx,
+                       p.dx_mode == WriteMode::kAdd);
+  });
+}
+
+template <typename Params>
+void Dispatch(const Params& params) {
+  switch (params.type) {
     case DataType::kFloat16:
-      return RunTyped<Float16>(kernel);
+      return RunTyped<Float16>(params);
     case DataType::kFloat32:
-      return RunTyped<float>(kernel);
+      return RunTyped<float>(params);
     case DataType::kFloat64:
-      return RunTyped<double>(kernel);
+      return RunTyped<double>(params);
   }
 }
 
 }  // namespace
 
-void Run(Cpu, const MomentsForward& kernel) { Dispatch(kernel); }
-void Run(Cpu, const NormalizeForward& kernel) { Dispatch(kernel); }
-void Run(Cpu, const NormalizeBackward& kernel) { Dispatch(kernel); }
-void Run(Cpu, const MomentsBackward& kernel) { Dispatch(kernel); }
+void Run(Cpu, const MomentsForwardParams& params) { Dispatch(params); }
+void Run(Cpu, const NormalizeForwardParams& params) { Dispatch(params); }
+void Run(Cpu, const NormalizeBackwardParams& params) { Dispatch(params); }
+void Run(Cpu, const MomentsBackwardParams& params) { Dispatch(params); }
+
+void BackwardByMovingStatistics(const LocalBackwardParams& params) { Dispatch(params); }
 
 }  // namespace gluon_syncbn

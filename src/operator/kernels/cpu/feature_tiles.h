@@ -1,12 +1,12 @@
-// How a feature map is cut into tiles, the pieces of work of the CPU kernels.
+// Divides a feature map into tiles, the work items of the CPU kernels.
 //
-// The cut depends on the shape alone.  Sums are taken per tile and added up in the order of the
-// tiles, so they are the same to the last bit whatever the number of threads.
+// The tiles depend on the shape alone.  Sums are taken per tile and added up in the order of the
+// tiles, so they are the same, bit for bit, with any number of threads.
 //
 // The map is a matrix of rows (outer) and columns (channels) with `inner` contiguous elements in
-// each cell.  Where these would be too few for vector instructions, as with channels last, a
-// column is a single element: a channel then has `inner` columns beside each other, and rows of
-// few columns are joined into longer ones, in which a channel comes back again and again.
+// each cell.  If these are too few for vector instructions, as with channels last, a column is a
+// single element instead: a channel then has `inner` adjacent columns, and short rows are joined to
+// longer ones, in which the channels repeat.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@
 
 namespace gluon_syncbn {
 
-// Feature maps of more bytes than this are taken not to stay in a cache from pass to pass.
+// Feature maps of more bytes are assumed not to stay in a cache from one pass to the next.
 constexpr std::size_t kBeyondCaches = 16 << 20;
 
 class FeatureTiles {
@@ -46,17 +46,17 @@ class FeatureTiles {
   }
 
   std::size_t count() const {
-    return rows_ == 0 ? 0 : (CeilDivide(rows_, tile_rows_) + (rest_ > 0)) * PerRow();
+    return rows_ == 0 ? 0 : (CeilDiv(rows_, tile_rows_) + (rest_ > 0)) * PerRow();
   }
   std::size_t channels() const { return channels_; }
   std::size_t columns() const { return columns_; }
   std::size_t tile_columns() const { return tile_columns_; }
 
   FeatureTile operator[](std::size_t index) const {
-    const std::size_t cell_tiles = CeilDivide(cell_, tile_cell_);
+    const std::size_t cell_tiles = CeilDiv(cell_, tile_cell_);
     const std::size_t in_cell = index % cell_tiles * tile_cell_;
     const std::size_t column = index % PerRow() / cell_tiles * tile_columns_;
-    // Past the rows comes the rest, a row that ends early.
+    // After the rows comes the rest, an incomplete row.
     const std::size_t row = std::min(index / PerRow() * tile_rows_, rows_);
     const std::size_t row_columns = row < rows_ ? columns_ : std::max(rest_, column);
     FeatureTile tile;
@@ -69,7 +69,7 @@ class FeatureTiles {
     return tile;
   }
 
-  // Calls visit(column, channel) for columns first ... first + count - 1.
+  // Calls visit(column, channel) for the columns first ... first + count - 1.
   template <typename Visit>
   void ForEachColumn(std::size_t first, std::size_t count, const Visit& visit) const {
     std::size_t channel = first / repeat_ % channels_;
@@ -84,21 +84,21 @@ class FeatureTiles {
 
  private:
   static constexpr std::size_t kShortCell = 16;
-  static constexpr std::size_t kManyRows = 8;  // below, a table per column does not pay
+  static constexpr std::size_t kManyRows = 8;  // with fewer, entries per column do not pay
   static constexpr std::size_t kJoinedRow = 64;
   static constexpr std::size_t kTileElements = 65536;
-  static std::size_t CeilDivide(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
+  static std::size_t CeilDiv(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 
-  // Contiguous elements in a tile.  Many rows per tile make few sums per column to add up.
+  // Contiguous elements per tile: few, so that a tile has many rows, and a column few partial sums.
   std::size_t TileRun() const { return cell_ == 1 ? 1024 : 8192; }
   std::size_t PerRow() const {
-    return CeilDivide(columns_, tile_columns_) * CeilDivide(cell_, tile_cell_);
+    return CeilDiv(columns_, tile_columns_) * CeilDiv(cell_, tile_cell_);
   }
 
   std::size_t channels_;
-  std::size_t repeat_ = 1;  // columns of a channel beside each other
+  std::size_t repeat_ = 1;  // adjacent columns of a channel
   std::size_t rows_ = 0, columns_ = 0, cell_ = 0, stride_ = 0;
-  std::size_t rest_ = 0;  // columns in a last row that is not full
+  std::size_t rest_ = 0;  // columns of an incomplete last row
   std::size_t tile_rows_ = 0, tile_columns_ = 0, tile_cell_ = 0;
 };
 

@@ -1,7 +1,7 @@
-// IEEE binary16: storage only, arithmetic is float32.
+// IEEE binary16 as a storage type; arithmetic is done in float32.
 //
 // Everything but the type has internal linkage: this header is compiled for several instruction
-// sets, and the linker must not give the code of one of them to all (see kernels/cpu/loops.inc).
+// sets, and the linker must not use the code of one of them for all (see loops.inc).
 #pragma once
 
 #include <cstddef>
@@ -39,11 +39,12 @@ inline float FloatOf(std::uint32_t bits) {
   return value;
 }
 
-// Branches only choose between values, so that the loops around these two vectorize.
+// In these two functions branches only select values, so that loops around them are vectorized.
 inline float ToFloat(Float16 value) {
   const std::uint32_t sign = (value.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = value.bits & 0x7fffu;
-  // Exponent and mantissa move into place; 2^112 mends the bias and scales subnormals exactly.
+  // The shift moves exponent and mantissa into place; 2^112 corrects the bias of the exponent, and
+  // scales subnormals exactly.
   const float finite = FloatOf(magnitude << 13) * 0x1p112f;
   const std::uint32_t infinite = 0x7f800000u | (magnitude << 13);
   return FloatOf(sign | (magnitude >= 0x7c00u ? infinite : BitsOf(finite)));
@@ -56,7 +57,7 @@ inline Float16 ToFloat16(float value) {
   const std::uint32_t magnitude = bits & 0x7fffffffu;
   const std::uint32_t odd = (magnitude >> 13) & 1u;
   const std::uint32_t normal = (magnitude - 0x38000000u + 0xfffu + odd) >> 13;
-  // Adding 0.5 leaves a subnormal's rounded mantissa in the lowest bits of the sum.
+  // Adding 0.5 rounds the mantissa of a subnormal into the lowest bits of the sum.
   const std::uint32_t subnormal = BitsOf(FloatOf(magnitude) + 0.5f) - 0x3f000000u;
   std::uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
   half = magnitude >= 0x477ff000u ? 0x7c00u : half;

@@ -1,9 +1,12 @@
-// Batch normalization of a device that has nobody to wait for, slice by slice on the CPU.
+// The unsynchronized layer on the CPU, one block of channels at a time.
 //
-// Between its two passes over the data, a synchronized layer waits for the other devices, so the
-// second pass fetches from memory again what the first one fetched.  A device on its own can finish
-// a few channels, a slice, before it starts on the next, and finds them in the cache the second
-// time.  From memory come x, and dy and x again: the array moves 2 times forward and 3 times back.
+// Between its two passes over the data a synchronized layer waits for the other devices, so the
+// second pass reads from memory again what the first one read.  Without an exchange both passes can
+// run on a few channels before the next ones start, and the second pass finds the data in the
+// cache.  What is read from and written to memory is x and y forward, and dy, x and dx backward:
+// 2 and 3 passes over an array, instead of 3 and 5.
+#include "kernels/cpu/local_batch_norm.h"
+
 #include <algorithm>
 #include <cstddef>
 #include <type_traits>
@@ -11,8 +14,8 @@
 
 #include "kernels/batch_norm_kernels.h"
 #include "kernels/batch_norm_math.h"
-#include "kernels/cpu/threads.h"
 #include "kernels/cpu/feature_tiles.h"
+#include "kernels/cpu/threads.h"
 
 namespace gluon_syncbn {
 namespace {
@@ -21,7 +24,7 @@ std::size_t SizeOf(DataType type) {
   return type == DataType::kFloat16 ? 2 : type == DataType::kFloat32 ? 4 : 8;
 }
 
-// A pointer to elements of a known size, from some channel on.
+// `pointer` + `elements` elements of `size` bytes; null stays null.
 template <typename Pointer>
 Pointer Advance(Pointer pointer, std::size_t elements, std::size_t size) {
   using Byte =
@@ -29,108 +32,109 @@ Pointer Advance(Pointer pointer, std::size_t elements, std::size_t size) {
   return pointer == nullptr ? nullptr : static_cast<Byte*>(pointer) + elements * size;
 }
 
-// The cut depends on the shape alone, so results are the same with any number of threads.
-class Slices {
+// Blocks of channels.  They depend on the shape alone, so results are the same with any number of
+// threads.
+class ChannelBlocks {
  public:
-  Slices(DataType type, const FeatureShape& shape)
+  ChannelBlocks(DataType type, const FeatureShape& shape)
       : type_(type), shape_(shape), channels_(shape.channels) {
-    // Channels last, a slice of a row would be less than a page of memory wide: too little.
-    if (shape.inner < kShortestRun || shape.count() == 0) return;
+    // With channels last, a block of a row would be narrower than a page of memory: too little.
+    if (shape.inner < kMinInner || shape.count() == 0) return;
     const std::size_t channel_bytes = shape.count() * SizeOf(type);
-    if (channel_bytes * shape.channels < kBeyondCaches) return;  // all of it is in a cache
-    const std::size_t channels = std::max<std::size_t>(1, kSliceBytes / channel_bytes);
-    if (shape.channels / channels >= kFewest) channels_ = channels;
+    if (channel_bytes * shape.channels < kBeyondCaches) return;  // the cache holds all of it
+    const std::size_t channels = std::max<std::size_t>(1, kBlockBytes / channel_bytes);
+    if (shape.channels / channels >= kMinBlocks) channels_ = channels;
   }
 
   std::size_t count() const {
     return channels_ == 0 ? 0 : (shape_.channels + channels_ - 1) / channels_;
   }
-  std::size_t first(std::size_t slice) const { return slice * channels_; }
+  std::size_t first(std::size_t block) const { return block * channels_; }
 
-  FeatureShape shape(std::size_t slice) const {
+  FeatureShape shape(std::size_t block) const {
     FeatureShape s = shape_;
-    s.channels = std::min(channels_, shape_.channels - first(slice));
+    s.channels = std::min(channels_, shape_.channels - first(block));
     s.stride = shape_.outer_stride();
     return s;
   }
-  // What belongs to a slice of a feature map, and of an array with a number per channel.
+  // A block's part of a feature map, of an array with a number per channel, of the statistics.
   template <typename Pointer>
-  Pointer Map(Pointer map, std::size_t slice) const {
-    return Advance(map, first(slice) * shape_.inner, SizeOf(type_));
+  Pointer OfFeatureMap(Pointer map, std::size_t block) const {
+    return Advance(map, first(block) * shape_.inner, SizeOf(type_));
   }
   template <typename Pointer>
-  Pointer PerChannel(Pointer values, std::size_t slice) const {
-    return Advance(values, first(slice), type_ == DataType::kFloat64 ? 8 : 4);
+  Pointer OfParameter(Pointer values, std::size_t block) const {
+    return Advance(values, first(block), type_ == DataType::kFloat64 ? 8 : 4);
   }
   template <typename Pointer>
-  Pointer Statistics(Pointer statistics, std::size_t slice) const {
-    return statistics == nullptr ? nullptr : statistics + LocalStatisticsSize(first(slice));
+  Pointer OfStatistics(Pointer statistics, std::size_t block) const {
+    return statistics == nullptr ? nullptr : statistics + LocalStatisticsSize(first(block));
   }
 
  private:
-  static constexpr std::size_t kShortestRun = 16;
-  // x, dy and dx of a slice fit the second-level cache.
-  static constexpr std::size_t kSliceBytes = 128 << 10;
-  static constexpr std::size_t kFewest = 16;  // else whole kernels share the work out better
+  static constexpr std::size_t kMinInner = 16;
+  // x, dy and dx of a block fit the second-level cache.
+  static constexpr std::size_t kBlockBytes = 128 << 10;
+  static constexpr std::size_t kMinBlocks = 16;  // with fewer, kernels divide the whole map better
 
   DataType type_;
   FeatureShape shape_;
-  std::size_t channels_;  // of a slice
+  std::size_t channels_;  // per block
 };
 
 }  // namespace
 
-void RunAlone(Cpu cpu, const NormalizeForward& whole, double* statistics) {
-  const bool wide = whole.type == DataType::kFloat64;
-  const double momentum = wide ? Momentum<double>(whole) : Momentum<float>(whole);
-  const Slices slices(whole.type, whole.shape);
-  ParallelFor(slices.count(), [&](std::size_t i) {
-    NormalizeForward k = whole;
-    k.shape = slices.shape(i);
-    k.x = slices.Map(whole.x, i);
-    k.gamma = slices.PerChannel(whole.gamma, i);
-    k.beta = slices.PerChannel(whole.beta, i);
-    k.moving_mean = slices.PerChannel(whole.moving_mean, i);
-    k.moving_var = slices.PerChannel(whole.moving_var, i);
-    k.y = slices.Map(whole.y, i);
-    k.momentum = momentum;
-    k.batches = nullptr;  // counted once, below
-    double* measured = slices.Statistics(statistics, i);
-    k.statistics = measured;
-    if (measured != nullptr) {
-      Run(cpu, MomentsForward{k.type, k.shape, k.x, nullptr, true, measured});
+void RunLocal(Cpu cpu, const NormalizeForwardParams& whole, double* statistics) {
+  const bool is_float64 = whole.type == DataType::kFloat64;
+  const double momentum = is_float64 ? Momentum<double>(whole) : Momentum<float>(whole);
+  const ChannelBlocks blocks(whole.type, whole.shape);
+  ParallelFor(blocks.count(), [&](std::size_t i) {
+    NormalizeForwardParams p = whole;
+    p.shape = blocks.shape(i);
+    p.x = blocks.OfFeatureMap(whole.x, i);
+    p.gamma = blocks.OfParameter(whole.gamma, i);
+    p.beta = blocks.OfParameter(whole.beta, i);
+    p.moving_mean = blocks.OfParameter(whole.moving_mean, i);
+    p.moving_var = blocks.OfParameter(whole.moving_var, i);
+    p.y = blocks.OfFeatureMap(whole.y, i);
+    p.momentum = momentum;
+    p.batches = nullptr;  // counted once, below
+    double* const of_block = blocks.OfStatistics(statistics, i);
+    p.statistics = of_block;
+    if (of_block != nullptr) {
+      Run(cpu, MomentsForwardParams{p.type, p.shape, p.x, nullptr, true, of_block});
     }
-    Run(cpu, k);
+    Run(cpu, p);
   });
-  if (statistics == nullptr || whole.shape.count() == 0) return;
-  wide ? CountBatch<double>(whole) : CountBatch<float>(whole);
+  if (statistics == nullptr || whole.shape.count() == 0) return;  // the moving ones were used
+  is_float64 ? CountBatch<double>(whole) : CountBatch<float>(whole);
 }
 
-void RunAlone(Cpu cpu, const NormalizeBackward& whole) {
-  const Slices slices(whole.type, whole.shape);
-  ParallelFor(slices.count(), [&](std::size_t i) {
-    NormalizeBackward k = whole;
-    k.shape = slices.shape(i);
-    k.dy = slices.Map(whole.dy, i);
-    k.x = slices.Map(whole.x, i);
-    k.statistics = slices.Statistics(whole.statistics, i);
-    k.gamma = slices.PerChannel(whole.gamma, i);
-    k.moving_mean = slices.PerChannel(whole.moving_mean, i);
-    k.moving_var = slices.PerChannel(whole.moving_var, i);
-    k.dx = slices.Map(whole.dx, i);
-    k.gamma_grad = slices.PerChannel(whole.gamma_grad, i);
-    k.beta_grad = slices.PerChannel(whole.beta_grad, i);
-    if (k.statistics == nullptr) return Run(cpu, k);
+void RunLocal(Cpu cpu, const LocalBackwardParams& whole) {
+  const ChannelBlocks blocks(whole.type, whole.shape);
+  ParallelFor(blocks.count(), [&](std::size_t i) {
+    LocalBackwardParams p = whole;
+    p.shape = blocks.shape(i);
+    p.dy = blocks.OfFeatureMap(whole.dy, i);
+    p.x = blocks.OfFeatureMap(whole.x, i);
+    p.statistics = blocks.OfStatistics(whole.statistics, i);
+    p.gamma = blocks.OfParameter(whole.gamma, i);
+    p.moving_mean = blocks.OfParameter(whole.moving_mean, i);
+    p.moving_var = blocks.OfParameter(whole.moving_var, i);
+    p.dx = blocks.OfFeatureMap(whole.dx, i);
+    p.gamma_grad = blocks.OfParameter(whole.gamma_grad, i);
+    p.beta_grad = blocks.OfParameter(whole.beta_grad, i);
+    if (p.statistics == nullptr) return BackwardByMovingStatistics(p);
 
-    static thread_local std::vector<double> sums, coefficients;
-    sums.resize(std::max(sums.size(), StatisticsSize(k.shape.channels)));
-    coefficients.resize(std::max(coefficients.size(), CoefficientsSize(k.shape.channels)));
-    k.dx_request = Request::kNull;
-    k.statistics_grad = sums.data();
-    k.coefficients_grad = coefficients.data();
-    Run(cpu, k);
-    Run(cpu, MomentsBackward{k.type, k.shape, k.dy, k.x, k.statistics_grad, k.coefficients_grad,
-                             whole.dx_request, k.dx});
+    static thread_local std::vector<double> sums, context;
+    sums.resize(std::max(sums.size(), BackwardSumsSize(p.shape.channels)));
+    context.resize(std::max(context.size(), BackwardContextSize(p.shape.channels)));
+    Run(cpu, NormalizeBackwardParams{p.type, p.shape, p.epsilon, p.fix_gamma, p.dy, p.x,
+                                     p.statistics, p.gamma, p.moving_mean, p.moving_var, nullptr,
+                                     sums.data(), context.data(), p.gamma_grad_mode, p.gamma_grad,
+                                     p.beta_grad_mode, p.beta_grad});
+    Run(cpu, MomentsBackwardParams{p.type, p.shape, p.dy, p.x, sums.data(), context.data(),
+                                   p.dx_mode, p.dx});
   });
 }
 

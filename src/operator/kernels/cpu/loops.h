@@ -1,18 +1,19 @@
-// The inner loops of the CPU kernels: what happens to one tile of a feature map.
+// The inner loops of the CPU kernels, over the elements of one tile of a feature map.
 //
-// They are compiled once per instruction set (kernels/cpu/loops_*.cc, all from kernels/cpu/loops.inc), and one set
-// of them is chosen when the library is loaded, so that one binary runs at the speed of memory on
-// every x86-64.  Nothing here may have code of its own with external linkage; see kernels/cpu/loops.inc.
+// They are compiled once per instruction set (loops_*.cc, all from loops.inc), and one set of them
+// is chosen when the library is loaded, so that one binary is limited by memory bandwidth on every
+// x86-64.  Nothing here may have code with external linkage; loops.inc says why.
 #pragma once
 
 #include <cstddef>
 
+#include "kernels/acc_type.h"
 #include "kernels/cpu/float16.h"
 
 namespace gluon_syncbn {
 
-// A part of a feature map: `outer` runs of channels * inner contiguous elements, the first at
-// `offset`, the next `stride` elements on.
+// A part of a feature map: `rows` runs of columns * inner contiguous elements.  The first begins at
+// element `offset`, each of the others `stride` elements after the one before.
 struct FeatureTile {
   std::size_t offset;
   std::size_t rows;
@@ -22,41 +23,29 @@ struct FeatureTile {
   std::size_t inner;
 };
 
-// What arithmetic on T is done in, and what its parameters are stored in.
-template <typename T>
-struct WideType {
-  using type = float;
-};
-template <>
-struct WideType<double> {
-  using type = double;
-};
-template <typename T>
-using Wide = typename WideType<T>::type;
-
-// Per channel: (x - mean) * scale + shift.
-template <typename W>
+// Arrays with a number per column of the map, for (x - mean) * scale + shift.
+template <typename Acc>
 struct Affine {
-  const W* mean;
-  const W* scale;
-  const W* shift;
+  const Acc* mean;
+  const Acc* scale;
+  const Acc* shift;
 };
 
 template <typename T>
 struct CpuLoops {
-  // Per column of the tile, in float64: sum(d) and sum(d^2), where d is the distance from the
-  // column's first element.
+  // sums = sum(x - pivot) and squares = sum((x - pivot)^2) per column of the tile, in float64,
+  // where the pivot is the column's first element in the tile.
   void (*moments)(const FeatureTile& tile, const T* x, double* sums, double* squares);
-  // Per column of the tile, in float64: sum(dy) and sum(dy * (x - about)); `about` has a number for
-  // every column of the map.
-  void (*products)(const FeatureTile& tile, const Wide<T>* about, const T* dy, const T* x,
+  // sums = sum(dy) and products = sum(dy * (x - mean)) per column of the tile, in float64.  `mean`
+  // has a number per column of the map.
+  void (*products)(const FeatureTile& tile, const AccType<T>* mean, const T* dy, const T* x,
                    double* sums, double* products);
-  // y = (x - mean) * scale + shift, or y += ...; y may be x.
-  void (*affine)(const FeatureTile& tile, const Affine<Wide<T>>& affine, const T* x, T* y,
+  // y = (x - mean) * scale + shift, or y += ... if `add`.  y may be x.
+  void (*affine)(const FeatureTile& tile, const Affine<AccType<T>>& affine, const T* x, T* y,
                  bool add);
-  // dx = factor * dy + (x - mean) * scale + shift, or dx += ...; dx may be dy.
-  void (*combine)(const FeatureTile& tile, const Affine<Wide<T>>& affine, const Wide<T>* factor,
-                  const T* dy, const T* x, T* dx, bool add);
+  // dx = factor * dy + (x - mean) * scale + shift, or dx += ... if `add`.  dx may be dy.
+  void (*combine)(const FeatureTile& tile, const Affine<AccType<T>>& affine,
+                  const AccType<T>* factor, const T* dy, const T* x, T* dx, bool add);
 };
 
 struct CpuLoopSet {

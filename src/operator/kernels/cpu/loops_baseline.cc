@@ -1,3 +1,3 @@
-// The loops for what every CPU of the architecture has.  CMakeLists.txt has the compiler options.
+// The loops for any CPU of the architecture.  CMakeLists.txt has the compiler options.
 #define GLUON_SYNCBN_LOOPS kBaselineLoops
 #include "kernels/cpu/loops.inc"

@@ -1,4 +1,4 @@
-// How many threads a kernel works with.
+// Distributes the work of a kernel over threads.
 #pragma once
 
 #include <omp.h>
@@ -13,15 +13,15 @@
 
 namespace gluon_syncbn {
 
-// As many threads as OpenMP offers to the calling thread (MXNet sets that for its workers, and
-// OMP_NUM_THREADS limits it), shared with the kernels that run at the same time: with a context
-// per device, each device's worker calls from a thread of its own and would get them all.
-class ThreadShare {
+// The number of threads for a kernel: what OpenMP offers to the calling thread (MXNet sets that for
+// its workers, and OMP_NUM_THREADS limits it), divided by the number of kernels that run at this
+// time.  With several CPU contexts, each one's worker would otherwise use all cores.
+class ThreadBudget {
  public:
-  ThreadShare() : threads_(std::max(1, omp_get_max_threads() / ++kernels_running_)) {}
-  ~ThreadShare() { --kernels_running_; }
-  ThreadShare(const ThreadShare&) = delete;
-  ThreadShare& operator=(const ThreadShare&) = delete;
+  ThreadBudget() : threads_(std::max(1, omp_get_max_threads() / ++kernels_running_)) {}
+  ~ThreadBudget() { --kernels_running_; }
+  ThreadBudget(const ThreadBudget&) = delete;
+  ThreadBudget& operator=(const ThreadBudget&) = delete;
   int threads() const { return threads_; }
 
  private:
@@ -29,10 +29,10 @@ class ThreadShare {
   const int threads_;
 };
 
-// Calls body(0) ... body(count - 1), in no particular order.  One piece of work is not worth
-// waking anybody; within a piece of work of another call, all the work is the caller's.
+// Calls body(0) ... body(count - 1), in no particular order.  Serial for a single item, or inside
+// another parallel region.
 #ifdef __SANITIZE_THREAD__
-// ThreadSanitizer does not see how OpenMP's threads wait for each other; plain ones it does.
+// ThreadSanitizer does not understand OpenMP's synchronization, but that of plain threads.
 template <typename Body>
 void ParallelFor(std::size_t count, const Body& body) {
   static thread_local bool inside = false;
@@ -58,9 +58,9 @@ void ParallelFor(std::size_t count, const Body& body) {
     for (std::size_t i = 0; i < count; ++i) body(i);
     return;
   }
-  const ThreadShare share;
-  // Dynamic: a core that something else keeps busy takes fewer pieces, and nobody waits for it.
-#pragma omp parallel for schedule(dynamic) num_threads(share.threads())
+  const ThreadBudget budget;
+  // Dynamic, so that a core that is busy with something else takes fewer items.
+#pragma omp parallel for schedule(dynamic) num_threads(budget.threads())
   for (std::size_t i = 0; i < count; ++i) body(i);
 }
 #endif

@@ -1,11 +1,11 @@
-// The four kernels in CUDA.  See batch_norm_kernels.h for what they compute.
+// The kernels in CUDA.  batch_norm_kernels.h says what they compute.
 //
-// Each is one pass over the data, and a short one over the channels: sums come first to partial
-// sums of blocks (kernels/cuda/reduction.cuh), which FinishMoments and FinishGradientSums add up in a fixed
-// order; what is per element (kernels/cuda/elementwise.cuh) reads four numbers per channel from a table that
-// was set before.  Memory is what takes the time, so every element is moved as often as it must, in
-// accesses of 16 bytes; which thread takes which element is chosen so that in both layouts all
-// threads of a warp read one line, whatever the number of channels.
+// Each takes one pass over the data and a short one over the channels.  Sums: every block stores
+// partial sums (reduction.cuh), which FinishMoments and FinishGradientSums add up in a fixed order.
+// Elements: a table with four numbers per channel is set first, which elementwise.cuh reads.
+// Memory bandwidth is the limit, so elements are read and written as seldom as possible, 16 bytes
+// at a time, by threads chosen such that a warp reads consecutive memory in both layouts, whatever
+// the number of channels.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -20,30 +20,31 @@
 namespace gluon_syncbn {
 namespace {
 
-// Sums of x - pivot and of its square.  A thread's are about its first element: float32 then has
-// nothing to cancel, however far from zero the data lie.  A channel's are about its first one.
+// Sums of x - pivot and of its square.  A thread's pivot is its first element, so that float32
+// loses no digits however far from zero the data are.  A channel's pivot, to which Finish converts
+// the thread's sums, is the channel's first element.
 template <typename T>
 struct MomentsSums {
-  using W = Wide<T>;
+  using Acc = AccType<T>;
   static constexpr bool kTwoArrays = false;
   const T* x;
   int64_t inner;
 
-  __device__ W Pivot(int64_t c) const { return ToWide(x[c * inner]); }
+  __device__ Acc ChannelPivot(int64_t c) const { return ToAcc(x[c * inner]); }
 
-  struct About {
-    W pivot;
+  struct Pivot {
+    Acc value;
   };
-  __device__ About For(int64_t, W element) const { return {element}; }
-  __device__ static void Add(const About& about, W x, W, W* sum, W* squares) {
-    const W d = x - about.pivot;
+  __device__ Pivot ThreadPivot(int64_t, Acc element) const { return {element}; }
+  __device__ static void Add(const Pivot& pivot, Acc x, Acc, Acc* sum, Acc* squares) {
+    const Acc d = x - pivot.value;
     *sum += d;
     *squares += d * d;
   }
-  __device__ void Finish(int64_t c, const About& about, double count, double* sum,
+  __device__ void Finish(int64_t c, const Pivot& pivot, double count, double* sum,
                          double* squares) const {
     ShiftedSums sums;
-    sums.Add(double(about.pivot) - double(Pivot(c)), count, *sum, *squares);
+    sums.Add(double(pivot.value) - double(ChannelPivot(c)), count, *sum, *squares);
     *sum = sums.sum;
     *squares = sums.squares;
   }
@@ -52,23 +53,23 @@ struct MomentsSums {
 // Sums of dy and dy * (x - mean).
 template <typename T>
 struct GradientSums {
-  using W = Wide<T>;
+  using Acc = AccType<T>;
   static constexpr bool kTwoArrays = true;
-  StatisticsInUse<W> statistics;
+  StatisticsInUse<Acc> statistics;
 
-  struct About {
-    W high, low;  // the mean as two numbers, so that x - mean stays exact
+  struct Pivot {
+    Acc high, low;  // the sum of both is the mean, so that x - mean stays exact
   };
-  __device__ About For(int64_t c, W) const {
+  __device__ Pivot ThreadPivot(int64_t c, Acc) const {
     const double mean = statistics.Mean(c);
-    const W high = static_cast<W>(mean);
-    return {high, static_cast<W>(mean - high)};
+    const Acc high = static_cast<Acc>(mean);
+    return {high, static_cast<Acc>(mean - high)};
   }
-  __device__ static void Add(const About& mean, W dy, W x, W* sum, W* product) {
+  __device__ static void Add(const Pivot& mean, Acc dy, Acc x, Acc* sum, Acc* product) {
     *sum += dy;
     *product += dy * ((x - mean.high) - mean.low);
   }
-  __device__ void Finish(int64_t, const About&, double, double*, double*) const {}
+  __device__ void Finish(int64_t, const Pivot&, double, double*, double*) const {}
 };
 
 template <typename T>
@@ -76,65 +77,67 @@ __global__ void __launch_bounds__(kThreads)
     FinishMoments(PartialSums partial, MomentsSums<T> moments, double count, double* statistics) {
   const int64_t c = partial.Channel();
   const ChannelSums sums = partial.Total(c);
-  if (!sums.mine) return;
-  const double pivot = count > 0 ? double(moments.Pivot(c)) : 0.0;
-  const Moments total = ShiftedSums{sums.first, sums.second}.About(pivot, count);
+  if (!sums.is_owner) return;
+  const double pivot = count > 0 ? double(moments.ChannelPivot(c)) : 0.0;
+  const Moments total = ShiftedSums{sums.first, sums.second}.ToMoments(pivot, count);
   statistics[c] = total.mean;
   statistics[partial.channels + c] = total.m2;
   if (c == 0) statistics[2 * partial.channels] = count;
 }
 
-template <typename W>
+template <typename Acc, typename BackwardParams>
 __global__ void __launch_bounds__(kThreads)
-    FinishGradientSums(PartialSums partial, NormalizeBackward k, StatisticsInUse<W> statistics) {
+    FinishGradientSums(PartialSums partial, BackwardParams p, StatisticsInUse<Acc> statistics) {
   const int64_t c = partial.Channel();
   const ChannelSums sums = partial.Total(c);
-  if (sums.mine) FinishGradients(k, statistics, c, sums.first, sums.second);
+  if (sums.is_owner) FinishGradients(p, statistics, c, sums.first, sums.second);
 }
 
 __device__ inline int64_t ThisChannel() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 
-__global__ void __launch_bounds__(kThreads) SetNotMeasured(int64_t channels, double* statistics) {
+__global__ void __launch_bounds__(kThreads) SetNoStatistics(int64_t channels, double* statistics) {
   const int64_t c = ThisChannel();
   if (c >= channels) return;
   statistics[c] = statistics[channels + c] = 0.0;
-  if (c == 0) statistics[2 * channels] = kNotMeasured;
+  if (c == 0) statistics[2 * channels] = kNoStatistics;
 }
 
-// Nobody else reads the moving statistics meanwhile.
-template <typename W>
+// Each thread reads and updates the moving statistics of its own channel only.
+template <typename Acc>
 __global__ void __launch_bounds__(kThreads)
-    SetNormalize(NormalizeForward k, StatisticsInUse<W> statistics, TableEntry<W>* table) {
+    SetNormalize(NormalizeForwardParams p, StatisticsInUse<Acc> statistics,
+                 ChannelEntry<Acc>* table) {
   const int64_t c = ThisChannel();
   if (c >= static_cast<int64_t>(statistics.channels)) return;
-  table[c] = NormalizeEntry(k, statistics, c);
-  MoveStatistics(k, statistics, c);
+  table[c] = NormalizeEntry(p, statistics, c);
+  UpdateMovingStatistics(p, statistics, c);
 }
 
-// One thread, in a launch of its own: the blocks of SetNormalize have all read the number then.
-template <typename W>
+// One thread, launched after SetNormalize, whose blocks have all read the number by then.
+template <typename Acc>
 __global__ void __launch_bounds__(kThreads)
-    CountMeasuredBatch(NormalizeForward k, StatisticsInUse<W> statistics) {
-  if (statistics.Count() > 0) CountBatch<W>(k);
+    CountThisBatch(NormalizeForwardParams p, StatisticsInUse<Acc> statistics) {
+  if (statistics.AreOfBatch()) CountBatch<Acc>(p);
 }
 
-template <typename W>
+template <typename Acc>
 __global__ void __launch_bounds__(kThreads)
-    SetScale(NormalizeBackward k, StatisticsInUse<W> statistics, TableEntry<W>* table) {
+    SetScale(LocalBackwardParams p, StatisticsInUse<Acc> statistics, ChannelEntry<Acc>* table) {
   const int64_t c = ThisChannel();
-  if (c < static_cast<int64_t>(statistics.channels)) table[c] = ScaleEntry(k, statistics, c);
+  if (c < static_cast<int64_t>(statistics.channels)) table[c] = ScaleEntry(p, statistics, c);
 }
 
-template <typename W>
-__global__ void __launch_bounds__(kThreads) SetCombine(MomentsBackward k, TableEntry<W>* table) {
+template <typename Acc>
+__global__ void __launch_bounds__(kThreads)
+    SetCombine(MomentsBackwardParams p, ChannelEntry<Acc>* table) {
   const int64_t c = ThisChannel();
-  if (c < static_cast<int64_t>(k.shape.channels)) table[c] = CombineEntry<W>(k, c);
+  if (c < static_cast<int64_t>(p.shape.channels)) table[c] = CombineEntry<Acc>(p, c);
 }
 
 template <typename... Parameters, typename... Arguments>
 void PerChannel(const Gpu& gpu, int64_t channels, void (*kernel)(Parameters...),
                 const Arguments&... arguments) {
-  Launch(gpu, kernel, dim3(static_cast<unsigned>(Ceil(channels, kThreads))), dim3(kThreads),
+  Launch(gpu, kernel, dim3(static_cast<unsigned>(CeilDiv(channels, kThreads))), dim3(kThreads),
          arguments...);
 }
 
@@ -143,111 +146,125 @@ Extent ToExtent(const FeatureShape& s) {
           static_cast<int64_t>(s.inner)};
 }
 
+// Does nothing if `to` is null or the array itself.
 template <typename T>
-void RunTyped(const Gpu& gpu, const MomentsForward& k) {
-  const Extent extent = ToExtent(k.shape);
-  if (extent.size() > 0 && k.copy != nullptr && k.copy != k.x) {
-    Check(cudaMemcpyAsync(k.copy, k.x, extent.size() * sizeof(T), cudaMemcpyDeviceToDevice,
-                          ToStream(gpu)));
-  }
-  if (!k.measure) {
-    PerChannel(gpu, extent.channels, SetNotMeasured, extent.channels, k.statistics);
+void Copy(const Gpu& gpu, const Extent& extent, const void* from, void* to) {
+  if (extent.size() == 0 || to == nullptr || to == from) return;
+  Check(cudaMemcpyAsync(to, from, extent.size() * sizeof(T), cudaMemcpyDeviceToDevice,
+                        ToStream(gpu)));
+}
+
+template <typename T>
+void RunTyped(const Gpu& gpu, const MomentsForwardParams& p) {
+  const Extent extent = ToExtent(p.shape);
+  Copy<T>(gpu, extent, p.x, p.copy);
+  if (!p.compute_statistics) {
+    PerChannel(gpu, extent.channels, SetNoStatistics, extent.channels, p.statistics);
     return;
   }
-  const T* x = static_cast<const T*>(k.x);
+  const T* x = static_cast<const T*>(p.x);
   const MomentsSums<T> moments{x, extent.inner};
   const PartialSums partial = Reduce(gpu, extent, x, static_cast<const T*>(nullptr), moments);
   Launch(gpu, FinishMoments<T>, partial.Grid(), partial.Block(), partial, moments,
-         static_cast<double>(k.shape.count()), k.statistics);
+         static_cast<double>(p.shape.count()), p.statistics);
 }
 
 template <typename T>
-void RunTyped(const Gpu& gpu, const NormalizeForward& k) {
-  using W = Wide<T>;
-  const Extent extent = ToExtent(k.shape);
-  const auto statistics = InUse<W>(k);
-  TableEntry<W>* table = Scratch<TableEntry<W>>(gpu, Use::kTable, extent.channels);
-  PerChannel(gpu, extent.channels, SetNormalize<W>, k, statistics, table);
-  if (k.batches != nullptr) Launch(gpu, CountMeasuredBatch<W>, dim3(1), dim3(1), k, statistics);
-  if (k.y_request == Request::kNull) return;
-  Elementwise(gpu, extent, table, static_cast<const T*>(k.x), static_cast<const T*>(nullptr),
-              static_cast<T*>(k.y), k.y_request == Request::kAdd);
+void RunTyped(const Gpu& gpu, const NormalizeForwardParams& p) {
+  using Acc = AccType<T>;
+  const Extent extent = ToExtent(p.shape);
+  const auto statistics = InUse<Acc>(p);
+  ChannelEntry<Acc>* table = Scratch<ChannelEntry<Acc>>(gpu, Use::kTable, extent.channels);
+  PerChannel(gpu, extent.channels, SetNormalize<Acc>, p, statistics, table);
+  if (p.batches != nullptr) Launch(gpu, CountThisBatch<Acc>, dim3(1), dim3(1), p, statistics);
+  if (p.y_mode == WriteMode::kSkip) return;
+  Elementwise(gpu, extent, table, static_cast<const T*>(p.x), static_cast<const T*>(nullptr),
+              static_cast<T*>(p.y), p.y_mode == WriteMode::kAdd);
+}
+
+// The sums of dy and dy * (x - mean) over this device's elements, and what FinishGradients makes of
+// them.
+template <typename T, typename BackwardParams>
+void SumGradients(const Gpu& gpu, const BackwardParams& p, const Extent& extent,
+                  const StatisticsInUse<AccType<T>>& statistics) {
+  const PartialSums partial = Reduce(gpu, extent, static_cast<const T*>(p.dy),
+                                     static_cast<const T*>(p.x), GradientSums<T>{statistics});
+  Launch(gpu, FinishGradientSums<AccType<T>, BackwardParams>, partial.Grid(), partial.Block(),
+         partial, p, statistics);
 }
 
 template <typename T>
-void RunTyped(const Gpu& gpu, const NormalizeBackward& k) {
-  using W = Wide<T>;
-  const Extent extent = ToExtent(k.shape);
-  const auto statistics = InUse<W>(k);
-  const T* dy = static_cast<const T*>(k.dy);
-  T* dx = static_cast<T*>(k.dx);
-  const PartialSums partial =
-      Reduce(gpu, extent, dy, static_cast<const T*>(k.x), GradientSums<T>{statistics});
-  Launch(gpu, FinishGradientSums<W>, partial.Grid(), partial.Block(), partial, k, statistics);
-  if (k.dx_request == Request::kNull) return;
-  if (k.statistics == nullptr) {
-    TableEntry<W>* table = Scratch<TableEntry<W>>(gpu, Use::kTable, extent.channels);
-    PerChannel(gpu, extent.channels, SetScale<W>, k, statistics, table);
-    Elementwise(gpu, extent, table, dy, static_cast<const T*>(nullptr), dx,
-                k.dx_request == Request::kAdd);
-  } else if (dx != dy && extent.size() > 0) {
-    Check(cudaMemcpyAsync(dx, dy, extent.size() * sizeof(T), cudaMemcpyDeviceToDevice,
-                          ToStream(gpu)));
-  }
+void RunTyped(const Gpu& gpu, const NormalizeBackwardParams& p) {
+  const Extent extent = ToExtent(p.shape);
+  SumGradients<T>(gpu, p, extent, InUse<AccType<T>>(p));
+  Copy<T>(gpu, extent, p.dy, p.dy_copy);
+}
+
+// For the moving statistics alone; RunLocal has the other case.
+template <typename T>
+void RunTyped(const Gpu& gpu, const LocalBackwardParams& p) {
+  using Acc = AccType<T>;
+  const Extent extent = ToExtent(p.shape);
+  const auto statistics = InUse<Acc>(p);
+  SumGradients<T>(gpu, p, extent, statistics);
+  if (p.dx_mode == WriteMode::kSkip) return;
+  ChannelEntry<Acc>* table = Scratch<ChannelEntry<Acc>>(gpu, Use::kTable, extent.channels);
+  PerChannel(gpu, extent.channels, SetScale<Acc>, p, statistics, table);
+  Elementwise(gpu, extent, table, static_cast<const T*>(p.dy), static_cast<const T*>(nullptr),
+              static_cast<T*>(p.dx), p.dx_mode == WriteMode::kAdd);
 }
 
 template <typename T>
-void RunTyped(const Gpu& gpu, const MomentsBackward& k) {
-  using W = Wide<T>;
-  if (k.dx_request == Request::kNull) return;
-  const Extent extent = ToExtent(k.shape);
-  TableEntry<W>* table = Scratch<TableEntry<W>>(gpu, Use::kTable, extent.channels);
-  PerChannel(gpu, extent.channels, SetCombine<W>, k, table);
-  Elementwise(gpu, extent, table, static_cast<const T*>(k.x), static_cast<const T*>(k.dy),
-              static_cast<T*>(k.dx), k.dx_request == Request::kAdd);
+void RunTyped(const Gpu& gpu, const MomentsBackwardParams& p) {
+  using Acc = AccType<T>;
+  if (p.dx_mode == WriteMode::kSkip) return;
+  const Extent extent = ToExtent(p.shape);
+  ChannelEntry<Acc>* table = Scratch<ChannelEntry<Acc>>(gpu, Use::kTable, extent.channels);
+  PerChannel(gpu, extent.channels, SetCombine<Acc>, p, table);
+  Elementwise(gpu, extent, table, static_cast<const T*>(p.x), static_cast<const T*>(p.dy),
+              static_cast<T*>(p.dx), p.dx_mode == WriteMode::kAdd);
 }
 
-template <typename Kernel>
-void Dispatch(const Gpu& gpu, const Kernel& kernel) {
+template <typename Params>
+void Dispatch(const Gpu& gpu, const Params& params) {
   Check(cudaSetDevice(gpu.device));
-  if (kernel.shape.channels == 0) return;
-  switch (kernel.type) {
+  if (params.shape.channels == 0) return;
+  switch (params.type) {
     case DataType::kFloat16:
-      return RunTyped<__half>(gpu, kernel);
+      return RunTyped<__half>(gpu, params);
     case DataType::kFloat32:
-      return RunTyped<float>(gpu, kernel);
+      return RunTyped<float>(gpu, params);
     case DataType::kFloat64:
-      return RunTyped<double>(gpu, kernel);
+      return RunTyped<double>(gpu, params);
   }
 }
 
 }  // namespace
 
-void Run(const Gpu& gpu, const MomentsForward& kernel) { Dispatch(gpu, kernel); }
-void Run(const Gpu& gpu, const NormalizeForward& kernel) { Dispatch(gpu, kernel); }
-void Run(const Gpu& gpu, const NormalizeBackward& kernel) { Dispatch(gpu, kernel); }
-void Run(const Gpu& gpu, const MomentsBackward& kernel) { Dispatch(gpu, kernel); }
+void Run(const Gpu& gpu, const MomentsForwardParams& params) { Dispatch(gpu, params); }
+void Run(const Gpu& gpu, const NormalizeForwardParams& params) { Dispatch(gpu, params); }
+void Run(const Gpu& gpu, const NormalizeBackwardParams& params) { Dispatch(gpu, params); }
+void Run(const Gpu& gpu, const MomentsBackwardParams& params) { Dispatch(gpu, params); }
 
-void RunAlone(const Gpu& gpu, const NormalizeForward& kernel, double* statistics) {
-  NormalizeForward k = kernel;
-  k.statistics = statistics;
+void RunLocal(const Gpu& gpu, const NormalizeForwardParams& params, double* statistics) {
+  NormalizeForwardParams p = params;
+  p.statistics = statistics;
   if (statistics != nullptr) {
-    Run(gpu, MomentsForward{k.type, k.shape, k.x, nullptr, true, statistics});
+    Run(gpu, MomentsForwardParams{p.type, p.shape, p.x, nullptr, true, statistics});
   }
-  Run(gpu, k);
+  Run(gpu, p);
 }
 
-void RunAlone(const Gpu& gpu, const NormalizeBackward& kernel) {
-  if (kernel.statistics == nullptr) return Run(gpu, kernel);
+void RunLocal(const Gpu& gpu, const LocalBackwardParams& p) {
+  if (p.statistics == nullptr) return Dispatch(gpu, p);
   Check(cudaSetDevice(gpu.device));
-  const std::size_t channels = kernel.shape.channels;
-  NormalizeBackward k = kernel;
-  k.dx_request = Request::kNull;
-  k.statistics_grad = Scratch<double>(gpu, Use::kSums, StatisticsSize(channels));
-  k.coefficients_grad = Scratch<double>(gpu, Use::kCoefficients, CoefficientsSize(channels));
-  Run(gpu, k);
-  Run(gpu, MomentsBackward{k.type, k.shape, k.dy, k.x, k.statistics_grad, k.coefficients_grad,
-                           kernel.dx_request, k.dx});
+  const std::size_t channels = p.shape.channels;
+  double* sums = Scratch<double>(gpu, Use::kBackwardSums, BackwardSumsSize(channels));
+  double* context = Scratch<double>(gpu, Use::kBackwardContext, BackwardContextSize(channels));
+  Run(gpu, NormalizeBackwardParams{p.type, p.shape, p.epsilon, p.fix_gamma, p.dy, p.x, p.statistics,
+                                   p.gamma, p.moving_mean, p.moving_var, nullptr, sums, context,
+                                   p.gamma_grad_mode, p.gamma_grad, p.beta_grad_mode, p.beta_grad});
+  Run(gpu, MomentsBackwardParams{p.type, p.shape, p.dy, p.x, sums, context, p.dx_mode, p.dx});
 }
 
 }  // namespace gluon_syncbn

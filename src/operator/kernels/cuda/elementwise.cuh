@@ -1,10 +1,10 @@
-// One result per element of a feature map, from one array or two, on a GPU:
+// Elementwise arithmetic on a GPU:
 //
 //   y = (x - mean) * scale + shift [+ factor * other]
 //
-// with four numbers per channel.  The map is taken as one long row of accesses of 16 bytes,
-// whatever its layout; every thread takes accesses that lie a fixed number apart, and knows their
-// channels by walking, without a division per access.
+// with four numbers per channel.  Whatever its layout, the feature map is treated as one row of
+// accesses of 16 bytes.  The accesses of a thread are a fixed distance apart, so it advances the
+// channel index from one to the next without a division.
 #pragma once
 
 #include <algorithm>
@@ -16,23 +16,24 @@
 
 namespace gluon_syncbn {
 
-// (Field by field: a choice between whole entries would go through memory.)
-template <typename W>
-__device__ TableEntry<W> Choose(bool first, const TableEntry<W>& a, const TableEntry<W>& b) {
+// (Field by field: the compiler would put whole entries into local memory.)
+template <typename Acc>
+__device__ ChannelEntry<Acc> Choose(bool first, const ChannelEntry<Acc>& a,
+                                    const ChannelEntry<Acc>& b) {
   return {first ? a.mean : b.mean, first ? a.scale : b.scale, first ? a.shift : b.shift,
           first ? a.factor : b.factor};
 }
 
-// How the channels of an access are found.
-enum class Walk {
-  kOneChannel,    // all its elements are of one channel: channels first, planes of whole accesses
-  kTwoChannels,   // it may go over from one plane to the next: channels first, other planes
-  kSameChannels,  // every access of a thread has the same channels: channels last
-  kEveryElement,  // each element by itself: anything else
+// How the channels of an access are determined.
+enum class IndexMode {
+  kOneChannel,    // one channel per access: channels first, planes of whole accesses
+  kTwoChannels,   // an access may extend into the next plane: channels first, other planes
+  kSameChannels,  // the same channels for all accesses of a thread: channels last
+  kEveryElement,  // element by element: everything else
 };
 
 template <typename T>
-struct Map {
+struct ElementwiseArgs {
   Extent extent;
   const T* x;
   const T* other;  // null: none
@@ -41,44 +42,43 @@ struct Map {
 };
 
 template <typename T, int V>
-__device__ void Store(const Pack<T, V>& pack, T* to, int64_t at, int64_t size) {
+__device__ void StorePart(const Pack<T, V>& pack, T* to, int64_t at, int64_t size) {
 #pragma unroll
   for (int k = 0; k < V; ++k) {
     if (at + k < size) to[at + k] = pack.At(k);
   }
 }
 
-template <typename T, int V, Walk walk>
+template <typename T, int V, IndexMode mode>
 __global__ void __launch_bounds__(kThreads)
-    ElementwiseKernel(Map<T> map, const TableEntry<Wide<T>>* table) {
-  using W = Wide<T>;
-  const Extent extent = map.extent;
+    ElementwiseKernel(ElementwiseArgs<T> args, const ChannelEntry<AccType<T>>* table) {
+  using Acc = AccType<T>;
+  const Extent extent = args.extent;
   const int64_t size = extent.size();
   const int64_t step = int64_t(gridDim.x) * blockDim.x * V;
   int64_t at = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V;
   if (at >= size) return;
-  // Where the first element of the access lies in its plane, and how that changes from one to the
-  // next.
+  // The position of the access's first element in its plane, and its increment per access.
   int64_t i = at % extent.inner, c = at / extent.inner % extent.channels;
   const int64_t step_i = step % extent.inner, step_c = step / extent.inner % extent.channels;
-  TableEntry<W> entry[V];
-  if (walk == Walk::kSameChannels) {
+  ChannelEntry<Acc> entry[V];
+  if (mode == IndexMode::kSameChannels) {
 #pragma unroll
     for (int k = 0; k < V; ++k) entry[k] = table[(c + k) % extent.channels];
   }
-  const auto apply = [&](auto is_whole) {  // whether all the access's elements are there
+  const auto apply = [&](auto is_whole) {  // whether the array has all elements of the access
     constexpr bool whole = decltype(is_whole)::value;
     const auto load = [&](const T* from) {
       return whole ? LoadWhole<T, V>(from, at) : Load<T, V>(from, at, size);
     };
-    if (walk == Walk::kOneChannel) {
+    if (mode == IndexMode::kOneChannel) {
       entry[0] = table[c];
-    } else if (walk == Walk::kTwoChannels) {
-      const TableEntry<W> here = table[c], next = table[c + 1 == extent.channels ? 0 : c + 1];
+    } else if (mode == IndexMode::kTwoChannels) {
+      const ChannelEntry<Acc> here = table[c], next = table[c + 1 == extent.channels ? 0 : c + 1];
       const int64_t left = extent.inner - i;
 #pragma unroll
       for (int k = 0; k < V; ++k) entry[k] = Choose(k < left, here, next);
-    } else if (walk == Walk::kEveryElement) {
+    } else if (mode == IndexMode::kEveryElement) {
       int64_t element_i = i, element_c = c;
 #pragma unroll
       for (int k = 0; k < V; ++k) {
@@ -89,29 +89,29 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
     }
-    const Pack<T, V> x = load(map.x);
+    const Pack<T, V> x = load(args.x);
     Pack<T, V> other = {}, before = {}, y = {};
-    if (map.other != nullptr) other = load(map.other);
-    if (map.add) before = load(map.y);
+    if (args.other != nullptr) other = load(args.other);
+    if (args.add) before = load(args.y);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      const TableEntry<W>& e = entry[walk == Walk::kOneChannel ? 0 : k];
-      W value = (x[k] - e.mean) * e.scale + e.shift;
-      if (map.other != nullptr) value += e.factor * other[k];
-      if (map.add) value += before[k];
+      const ChannelEntry<Acc>& e = entry[mode == IndexMode::kOneChannel ? 0 : k];
+      Acc value = (x[k] - e.mean) * e.scale + e.shift;
+      if (args.other != nullptr) value += e.factor * other[k];
+      if (args.add) value += before[k];
       T element;
-      FromWide(value, &element);
+      FromAcc(value, &element);
       y.Set(k, element);
     }
     if (whole) {
-      *reinterpret_cast<Pack<T, V>*>(map.y + at) = y;
+      *reinterpret_cast<Pack<T, V>*>(args.y + at) = y;
     } else {
-      Store<T, V>(y, map.y, at, size);
+      StorePart<T, V>(y, args.y, at, size);
     }
   };
   for (; at + V <= size; at += step) {
     apply(std::true_type());
-    if (walk != Walk::kSameChannels) {
+    if (mode != IndexMode::kSameChannels) {
       i += step_i;
       c += step_c;
       if (i >= extent.inner) {
@@ -124,48 +124,51 @@ __global__ void __launch_bounds__(kThreads)
   if (at < size) apply(std::false_type());
 }
 
-// Channels last: a thread's channels stay the same if all threads together step over whole rows.
-// That takes a multiple of so many blocks.
+// Channels last: the channels of a thread stay the same if the step of all threads is a number of
+// whole rows, that is, if the number of blocks is a multiple of this.
 template <int V>
 int64_t BlocksOfRows(const Extent& extent) {
   return extent.channels / std::gcd(extent.channels, int64_t(kThreads) * V);
 }
 
-template <int V, Walk walk, typename T>
-void LaunchElementwise(const Gpu& gpu, const Map<T>& map, const TableEntry<Wide<T>>* table) {
-  const auto kernel = ElementwiseKernel<T, V, walk>;
-  const int64_t all = Ceil(Ceil(map.extent.size(), V), kThreads);  // with one access a thread
-  int64_t blocks = std::min<int64_t>(all, BlocksAtATime(gpu, kernel));
-  if (walk == Walk::kSameChannels) {
-    const int64_t rows = BlocksOfRows<V>(map.extent);
+template <int V, IndexMode mode, typename T>
+void LaunchElementwise(const Gpu& gpu, const ElementwiseArgs<T>& args,
+                       const ChannelEntry<AccType<T>>* table) {
+  const auto kernel = ElementwiseKernel<T, V, mode>;
+  const int64_t all =
+      CeilDiv(CeilDiv(args.extent.size(), V), kThreads);  // for one access per thread
+  int64_t blocks = std::min<int64_t>(all, ResidentBlocks(gpu, kernel));
+  if (mode == IndexMode::kSameChannels) {
+    const int64_t rows = BlocksOfRows<V>(args.extent);
     blocks = std::max<int64_t>(1, blocks / rows) * rows;
   }
-  Launch(gpu, kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), map, table);
+  Launch(gpu, kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), args, table);
 }
 
 template <int V, typename T>
-void ElementwiseOf(const Gpu& gpu, const Map<T>& map, const TableEntry<Wide<T>>* table) {
-  const Extent& extent = map.extent;
+void ElementwiseOf(const Gpu& gpu, const ElementwiseArgs<T>& args,
+                   const ChannelEntry<AccType<T>>* table) {
+  const Extent& extent = args.extent;
   if (extent.inner > 1 && extent.inner % V == 0) {
-    LaunchElementwise<V, Walk::kOneChannel>(gpu, map, table);
+    LaunchElementwise<V, IndexMode::kOneChannel>(gpu, args, table);
   } else if (extent.inner > 1 && extent.inner >= V) {
-    LaunchElementwise<V, Walk::kTwoChannels>(gpu, map, table);
+    LaunchElementwise<V, IndexMode::kTwoChannels>(gpu, args, table);
   } else if (extent.inner == 1 && 4 * BlocksOfRows<V>(extent) * kThreads * V <= extent.size()) {
-    LaunchElementwise<V, Walk::kSameChannels>(gpu, map, table);
+    LaunchElementwise<V, IndexMode::kSameChannels>(gpu, args, table);
   } else {
-    LaunchElementwise<V, Walk::kEveryElement>(gpu, map, table);
+    LaunchElementwise<V, IndexMode::kEveryElement>(gpu, args, table);
   }
 }
 
 template <typename T>
-void Elementwise(const Gpu& gpu, const Extent& extent, const TableEntry<Wide<T>>* table, const T* x,
-                 const T* other, T* y, bool add) {
+void Elementwise(const Gpu& gpu, const Extent& extent, const ChannelEntry<AccType<T>>* table,
+                 const T* x, const T* other, T* y, bool add) {
   if (extent.size() == 0) return;
-  const Map<T> map{extent, x, other, y, add};
+  const ElementwiseArgs<T> args{extent, x, other, y, add};
   if (Aligned(x) && Aligned(other) && Aligned(y)) {
-    ElementwiseOf<kPerAccess<T>>(gpu, map, table);
+    ElementwiseOf<kPerAccess<T>>(gpu, args, table);
   } else {
-    ElementwiseOf<1>(gpu, map, table);
+    ElementwiseOf<1>(gpu, args, table);
   }
 }
 

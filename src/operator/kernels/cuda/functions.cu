@@ -1,4 +1,4 @@
-// See kernels/cuda/functions.h.
+// See functions.h.
 #include <exception>
 #include <string>
 
@@ -22,36 +22,36 @@ const char* Guarded(Function function) {
 }  // namespace
 
 using gluon_syncbn::Run;
-using gluon_syncbn::RunAlone;
+using gluon_syncbn::RunLocal;
 
 GLUON_SYNCBN_CUDA(MomentsForward, const gluon_syncbn::Gpu* gpu,
-                  const gluon_syncbn::MomentsForward* kernel) {
-  return Guarded([=] { Run(*gpu, *kernel); });
+                  const gluon_syncbn::MomentsForwardParams* params) {
+  return Guarded([=] { Run(*gpu, *params); });
 }
 
 GLUON_SYNCBN_CUDA(NormalizeForward, const gluon_syncbn::Gpu* gpu,
-                  const gluon_syncbn::NormalizeForward* kernel) {
-  return Guarded([=] { Run(*gpu, *kernel); });
+                  const gluon_syncbn::NormalizeForwardParams* params) {
+  return Guarded([=] { Run(*gpu, *params); });
 }
 
 GLUON_SYNCBN_CUDA(NormalizeBackward, const gluon_syncbn::Gpu* gpu,
-                  const gluon_syncbn::NormalizeBackward* kernel) {
-  return Guarded([=] { Run(*gpu, *kernel); });
+                  const gluon_syncbn::NormalizeBackwardParams* params) {
+  return Guarded([=] { Run(*gpu, *params); });
 }
 
 GLUON_SYNCBN_CUDA(MomentsBackward, const gluon_syncbn::Gpu* gpu,
-                  const gluon_syncbn::MomentsBackward* kernel) {
-  return Guarded([=] { Run(*gpu, *kernel); });
+                  const gluon_syncbn::MomentsBackwardParams* params) {
+  return Guarded([=] { Run(*gpu, *params); });
 }
 
-GLUON_SYNCBN_CUDA(ForwardAlone, const gluon_syncbn::Gpu* gpu,
-                  const gluon_syncbn::NormalizeForward* kernel, double* statistics) {
-  return Guarded([=] { RunAlone(*gpu, *kernel, statistics); });
+GLUON_SYNCBN_CUDA(LocalForward, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::NormalizeForwardParams* params, double* statistics) {
+  return Guarded([=] { RunLocal(*gpu, *params, statistics); });
 }
 
-GLUON_SYNCBN_CUDA(BackwardAlone, const gluon_syncbn::Gpu* gpu,
-                  const gluon_syncbn::NormalizeBackward* kernel) {
-  return Guarded([=] { RunAlone(*gpu, *kernel); });
+GLUON_SYNCBN_CUDA(LocalBackward, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::LocalBackwardParams* params) {
+  return Guarded([=] { RunLocal(*gpu, *params); });
 }
 
 GLUON_SYNCBN_CUDA(ReadValues, int device, gluon_syncbn::DataType type, const void* from,
@@ -60,6 +60,6 @@ GLUON_SYNCBN_CUDA(ReadValues, int device, gluon_syncbn::DataType type, const voi
 }
 
 GLUON_SYNCBN_CUDA(WriteValues, const gluon_syncbn::Gpu* gpu, gluon_syncbn::DataType type,
-                  gluon_syncbn::Request request, const double* from, std::size_t count, void* to) {
-  return Guarded([=] { gluon_syncbn::WriteDeviceValues(*gpu, type, request, from, count, to); });
+                  gluon_syncbn::WriteMode mode, const double* from, std::size_t count, void* to) {
+  return Guarded([=] { gluon_syncbn::WriteDeviceValues(*gpu, type, mode, from, count, to); });
 }

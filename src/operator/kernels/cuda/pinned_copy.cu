@@ -1,7 +1,7 @@
-// See kernels/cuda/pinned_copy.cuh.
+// See pinned_copy.cuh.
 //
-// A kernel reads or writes the pinned memory itself, and converts on the way.  A read ends in a
-// host function on the stream: no thread waits for it.
+// A kernel reads or writes the pinned memory itself and converts on the way.  A read ends with a
+// callback on the stream: no thread waits for it.
 #include <algorithm>
 #include <cstdio>
 #include <map>
@@ -10,14 +10,14 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/cuda/runtime.cuh"
+#include "kernels/batch_norm_math.h"
 #include "kernels/cuda/pinned_copy.cuh"
+#include "kernels/cuda/runtime.cuh"
 
 namespace gluon_syncbn {
 namespace {
 
-// Pinned buffers that wait for their next use: pinning takes far longer than what they are for.
-// They are never given back to the system.
+// Pinned buffers for reuse: pinning takes far longer than a copy.  They are never unpinned.
 class PinnedPool {
  public:
   struct Buffer {
@@ -25,7 +25,7 @@ class PinnedPool {
     std::size_t capacity = 0;
   };
 
-  // All devices can reach the buffer.
+  // A buffer that all devices can access.
   Buffer Take(std::size_t count) {
     std::size_t capacity = 256;
     while (capacity < count) capacity *= 2;
@@ -80,19 +80,19 @@ __global__ void __launch_bounds__(kThreads) ToDoubles(const T* from, int64_t cou
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    FromDoubles(const double* from, int64_t count, bool add, T* to) {
+    FromDoubles(const double* from, int64_t count, WriteMode mode, T* to) {
   const int64_t step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
-    to[i] = static_cast<T>(add ? to[i] + from[i] : from[i]);
+    Store(mode, to + i, from[i]);
   }
 }
 
 dim3 GridFor(std::size_t count) {
-  const int64_t blocks = Ceil(static_cast<int64_t>(count), kThreads);
+  const int64_t blocks = CeilDiv(static_cast<int64_t>(count), kThreads);
   return dim3(static_cast<unsigned>(std::max<int64_t>(1, std::min<int64_t>(blocks, 64))));
 }
 
-// What a read is until it is told.
+// A read that is under way.
 struct Reading {
   explicit Reading(std::size_t n) : values(n), count(n) {}
   PinnedValues values;
@@ -100,8 +100,8 @@ struct Reading {
   GluonSyncBNValuesRead done = nullptr;
   void* data = nullptr;
 
-  // Also called when something on the device has failed.
-  static void CUDART_CB Tell(cudaStream_t, cudaError_t status, void* self) {
+  // The stream's callback, which is also called if something on the device has failed.
+  static void CUDART_CB Notify(cudaStream_t, cudaError_t status, void* self) {
     const std::unique_ptr<Reading> reading(static_cast<Reading*>(self));
     if (status == cudaSuccess) {
       reading->done(reading->data, reading->values.get(), reading->count, nullptr);
@@ -134,29 +134,29 @@ void ReadDeviceValues(int device, DataType type, const void* from, std::size_t c
     Launch(gpu, ToDoubles<float>, GridFor(count), dim3(kThreads), static_cast<const float*>(from),
            n, reading->values.get());
   }
-  // (cudaLaunchHostFunc's function is not called after an error, and nobody would complete.)
-  const cudaError_t status = cudaStreamAddCallback(ToStream(gpu), &Reading::Tell, reading.get(), 0);
+  // (Not cudaLaunchHostFunc, whose function is not called after an error: the read would not end.)
+  const cudaError_t status =
+      cudaStreamAddCallback(ToStream(gpu), &Reading::Notify, reading.get(), 0);
   if (status != cudaSuccess) {
     cudaStreamSynchronize(ToStream(gpu));  // the kernel writes to the buffer
     Check(status);
   }
-  reading.release();  // Tell deletes it
+  reading.release();  // Notify deletes it
 }
 
-void WriteDeviceValues(const Gpu& gpu, DataType type, Request request, const double* from,
+void WriteDeviceValues(const Gpu& gpu, DataType type, WriteMode mode, const double* from,
                        std::size_t count, void* to) {
-  if (request == Request::kNull) return;
+  if (mode == WriteMode::kSkip) return;
   const CurrentDevice current(gpu.device);
   const PinnedValues values(count);
   std::copy_n(from, count, values.get());
   const int64_t n = static_cast<int64_t>(count);
-  const bool add = request == Request::kAdd;
   const double* pinned = values.get();
   if (type == DataType::kFloat64) {
-    Launch(gpu, FromDoubles<double>, GridFor(count), dim3(kThreads), pinned, n, add,
+    Launch(gpu, FromDoubles<double>, GridFor(count), dim3(kThreads), pinned, n, mode,
            static_cast<double*>(to));
   } else {
-    Launch(gpu, FromDoubles<float>, GridFor(count), dim3(kThreads), pinned, n, add,
+    Launch(gpu, FromDoubles<float>, GridFor(count), dim3(kThreads), pinned, n, mode,
            static_cast<float*>(to));
   }
   Check(cudaStreamSynchronize(ToStream(gpu)));

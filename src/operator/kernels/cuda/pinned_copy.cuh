@@ -5,10 +5,10 @@
 
 namespace gluon_syncbn {
 
-// See kernels/cuda/functions.h.
+// See functions.h.
 void ReadDeviceValues(int device, DataType type, const void* from, std::size_t count,
                       GluonSyncBNValuesRead done, void* data);
-void WriteDeviceValues(const Gpu& gpu, DataType type, Request request, const double* from,
+void WriteDeviceValues(const Gpu& gpu, DataType type, WriteMode mode, const double* from,
                        std::size_t count, void* to);
 
 }  // namespace gluon_syncbn

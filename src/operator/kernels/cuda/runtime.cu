@@ -1,4 +1,4 @@
-// See kernels/cuda/runtime.cuh.
+// See runtime.cuh.
 #include <algorithm>
 #include <array>
 #include <map>
@@ -11,8 +11,8 @@ namespace {
 
 class DeviceMemory {
  public:
-  // What was there is lost, but stays allocated: a captured CUDA graph (MXNet can make them) goes
-  // on using it.  Doubling keeps that to as much again.
+  // A buffer that is too small is replaced but not freed: a captured CUDA graph may still use it.
+  // Doubling limits what is kept this way to the size of the current buffer.
   void* AtLeast(std::size_t bytes) {
     if (bytes > size_) {
       const std::size_t size = std::max(bytes, 2 * size_);
@@ -35,7 +35,7 @@ void* ScratchBytes(const Gpu& gpu, Use use, std::size_t bytes) {
   return streams[{gpu.device, gpu.stream}][static_cast<std::size_t>(use)].AtLeast(bytes);
 }
 
-int BlocksAtATime(const Gpu& gpu, const void* kernel) {
+int ResidentBlocks(const Gpu& gpu, const void* kernel) {
   static thread_local std::map<std::pair<int, const void*>, int> known;
   int& blocks = known[{gpu.device, kernel}];
   if (blocks == 0) {

@@ -1,5 +1,5 @@
-// What all CUDA code here needs of the CUDA runtime: launches, errors, scratch memory, and element
-// types in accesses of 16 bytes.
+// The CUDA runtime as our kernels use it: errors, launches, scratch memory, and element types in
+// accesses of 16 bytes.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/acc_type.h"
 #include "kernels/batch_norm_kernels.h"
 
 namespace gluon_syncbn {
@@ -20,12 +21,15 @@ inline void Check(cudaError_t status) {
   if (status == cudaErrorInsufficientDriver) {
     message += ". Build gluon_syncbn with a CUDA toolkit that is no newer than the driver.";
   } else if (status == cudaErrorNoKernelImageForDevice) {
-    message += ". Build gluon_syncbn for this GPU: CUDAARCHS=70, say, for compute capability 7.0.";
+    message +=
+        ". Build gluon_syncbn for this GPU: for compute capability 7.0, for example, set "
+        "CUDAARCHS=70.";
   }
   throw std::runtime_error(message);
 }
 
-// The device on which this thread works, until the scope is left: the thread may be a user's.
+// Makes a device the current one of this thread until the end of the scope, and then restores the
+// one before: the thread may be the user's.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int device) {
@@ -42,14 +46,14 @@ class CurrentDevice {
 
 inline cudaStream_t ToStream(const Gpu& gpu) { return static_cast<cudaStream_t>(gpu.stream); }
 
-// A launch by a function, not by <<<>>>, so that this is plain C++ (see tests/cuda_emulation).
+// Launches by a function call instead of <<<>>>, so that this is plain C++ (tests/cuda_emulation).
 template <typename... Parameters, typename... Arguments>
 void Launch(const Gpu& gpu, void (*kernel)(Parameters...), dim3 grid, dim3 block,
             const Arguments&... arguments) {
 #ifdef __CUDACC__
   const void* const function = reinterpret_cast<const void*>(kernel);
 #else
-  const auto function = kernel;  // the emulation must know its parameters
+  const auto function = kernel;  // the emulation needs the types of the parameters
 #endif
   const auto launch = [&](Parameters... parameters) {
     void* pointers[] = {static_cast<void*>(&parameters)...};
@@ -58,28 +62,28 @@ void Launch(const Gpu& gpu, void (*kernel)(Parameters...), dim3 grid, dim3 block
   launch(arguments...);
 }
 
-// Device memory that a stream keeps from call to call, one piece per Use: kernels of one stream run
-// one after the other, so they can share it.  It is allocated when it has to grow, never in the
-// steady state, and never freed.
-enum class Use { kPartialSums, kTable, kSums, kCoefficients };
+// Device memory that a stream keeps from call to call, one buffer per Use: kernels of one stream
+// run one after the other, so they can share it.  It is allocated when it has to grow, never in the
+// steady state, and is never freed.
+enum class Use { kPartialSums, kTable, kBackwardSums, kBackwardContext };
 void* ScratchBytes(const Gpu& gpu, Use use, std::size_t bytes);
 template <typename Element>
 Element* Scratch(const Gpu& gpu, Use use, std::size_t size) {
   return static_cast<Element*>(ScratchBytes(gpu, use, size * sizeof(Element)));
 }
 
-constexpr int kThreads = 256;  // of every block
+constexpr int kThreads = 256;  // per block, in every kernel
 
-// How many blocks of a kernel the device runs at a time.
-int BlocksAtATime(const Gpu& gpu, const void* kernel);
+// How many blocks of a kernel can be resident on the device at a time.
+int ResidentBlocks(const Gpu& gpu, const void* kernel);
 template <typename... Parameters>
-int BlocksAtATime(const Gpu& gpu, void (*kernel)(Parameters...)) {
-  return BlocksAtATime(gpu, reinterpret_cast<const void*>(kernel));
+int ResidentBlocks(const Gpu& gpu, void (*kernel)(Parameters...)) {
+  return ResidentBlocks(gpu, reinterpret_cast<const void*>(kernel));
 }
 
-inline int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
-__device__ inline int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
-__device__ inline int64_t Greatest(int64_t a, int64_t b) { return a < b ? b : a; }
+inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__device__ inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
+__device__ inline int64_t Max(int64_t a, int64_t b) { return a < b ? b : a; }
 
 // A feature map: elements [outer][channels][inner].
 struct Extent {
@@ -87,27 +91,15 @@ struct Extent {
   __host__ __device__ int64_t size() const { return outer * channels * inner; }
 };
 
-// What arithmetic is done in.
-template <typename T>
-struct WideOf {
-  using Type = float;
-};
-template <>
-struct WideOf<double> {
-  using Type = double;
-};
-template <typename T>
-using Wide = typename WideOf<T>::Type;
+__device__ inline float ToAcc(__half value) { return __half2float(value); }
+__device__ inline float ToAcc(float value) { return value; }
+__device__ inline double ToAcc(double value) { return value; }
+__device__ inline void FromAcc(float value, __half* to) { *to = __float2half_rn(value); }
+__device__ inline void FromAcc(float value, float* to) { *to = value; }
+__device__ inline void FromAcc(double value, double* to) { *to = value; }
 
-__device__ inline float ToWide(__half value) { return __half2float(value); }
-__device__ inline float ToWide(float value) { return value; }
-__device__ inline double ToWide(double value) { return value; }
-__device__ inline void FromWide(float value, __half* to) { *to = __float2half_rn(value); }
-__device__ inline void FromWide(float value, float* to) { *to = value; }
-__device__ inline void FromWide(double value, double* to) { *to = value; }
-
-// An element of a row of 32-bit words, by shifts alone.  (As an array of halves, a Pack that is
-// loaded in a branch would be merged half by half behind it, and every load waited for.)
+// Element k of an array of 32-bit words, by shifts alone.  (If a Pack were an array of halves, the
+// compiler would merge one that is loaded in a branch half by half, and wait for every load.)
 __device__ inline void Get(const std::uint32_t* words, int k, __half* to) {
   *to = __ushort_as_half(static_cast<unsigned short>(words[k / 2] >> (k % 2 * 16)));
 }
@@ -117,7 +109,7 @@ __device__ inline void Get(const std::uint32_t* words, int k, float* to) {
 __device__ inline void Get(const std::uint32_t* words, int k, double* to) {
   *to = __hiloint2double(static_cast<int>(words[2 * k + 1]), static_cast<int>(words[2 * k]));
 }
-// The word must hold 0 where the element goes.
+// The bits of the element must be 0 before.
 __device__ inline void Put(__half value, std::uint32_t* words, int k) {
   words[k / 2] |= std::uint32_t(__half_as_ushort(value)) << (k % 2 * 16);
 }
@@ -129,13 +121,13 @@ __device__ inline void Put(double value, std::uint32_t* words, int k) {
   words[2 * k + 1] = static_cast<std::uint32_t>(__double2hiint(value));
 }
 
-// V elements that are read and written at once: whole words, or one element.
+// V elements that are read and written in one access: whole words, or a single element.
 template <typename T, int V>
 struct alignas(sizeof(T) * V) Pack {
   static_assert(sizeof(T) * V % 4 == 0);
   std::uint32_t words[sizeof(T) * V / 4];
-  __device__ Wide<T> operator[](int k) const { return ToWide(At(k)); }
-  // Each element once, in a pack that was {}.
+  __device__ AccType<T> operator[](int k) const { return ToAcc(At(k)); }
+  // Once per element, in a pack that was {}.
   __device__ void Set(int k, T value) { Put(value, words, k); }
   __device__ T At(int k) const {
     T element;
@@ -146,18 +138,18 @@ struct alignas(sizeof(T) * V) Pack {
 template <typename T>
 struct Pack<T, 1> {
   T element;
-  __device__ Wide<T> operator[](int) const { return ToWide(element); }
+  __device__ AccType<T> operator[](int) const { return ToAcc(element); }
   __device__ void Set(int, T value) { element = value; }
   __device__ T At(int) const { return element; }
 };
 
-// The elements from `at` on, a multiple of V, of an array that has them all.
+// Elements at ... at + V - 1 of an array that has them all.  `at` is a multiple of V.
 template <typename T, int V>
 __device__ Pack<T, V> LoadWhole(const T* from, int64_t at) {
   return *reinterpret_cast<const Pack<T, V>*>(from + at);
 }
 
-// The same for an array of `size`; those behind its end are 0.
+// The same for an array of `size` elements; those past its end are 0.
 template <typename T, int V>
 __device__ Pack<T, V> Load(const T* from, int64_t at, int64_t size) {
   if (at + V <= size) return LoadWhole<T, V>(from, at);
@@ -169,7 +161,7 @@ __device__ Pack<T, V> Load(const T* from, int64_t at, int64_t size) {
   return pack;
 }
 
-// How many elements fit an access of 16 bytes.
+// Elements per access of 16 bytes.
 template <typename T>
 constexpr int kPerAccess = 16 / static_cast<int>(sizeof(T));
 
