@@ -1,8 +1,10 @@
 # Everything that can be done in a checkout.  A virtual environment in .venv holds what is needed:
-# MXNet 1.9.1, the NumPy it works with, CMake and Ninja.  Choose another Python with
+# MXNet, the NumPy it works with, CMake and Ninja.  Choose another Python with
 # `make PYTHON=python3.9 ...`, another MXNet with `make MXNET=mxnet-cu112 ...`.
 PYTHON ?= python3
 MXNET ?= mxnet
+COMPATIBILITY := python/gluon_syncbn/compatibility.py
+MXNET_VERSION := $(shell sed -n 's/^MXNET = "\(.*\)"/\1/p' $(COMPATIBILITY))
 VENV ?= .venv$(if $(filter-out mxnet,$(MXNET)),-$(MXNET))
 BIN := $(VENV)/bin
 CU112 := .venv-cu112
@@ -10,6 +12,7 @@ LIBRARY := python/gluon_syncbn/libgluon_syncbn.so
 SOURCES := CMakeLists.txt $(shell find src/operator -type f)
 CXX_FILES := $(shell find src/operator tests benchmarks -name "*.h" -o -name "*.inc" -o -name "*.c" -o -name "*.cc" -o -name "*.cu*")
 MXNET_DIR = $(shell $(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("mxnet").origin))')
+DIST ?= dist
 BENCH_ARGS ?=
 EXAMPLE_ARGS ?=
 TEST_ARGS ?=
@@ -25,7 +28,7 @@ train: build  ## train the example on two CPU contexts: digits, a minute (EXAMPL
 finetune: build  ## convert, train and export a model-zoo network, a minute (EXAMPLE_ARGS="--help")
 	$(BIN)/python examples/finetune.py $(EXAMPLE_ARGS)
 
-test: lint build  ## check formatting, then run all tests (TEST_ARGS="-k exchange")
+test: lint build  ## lint, then run the tests (TEST_ARGS="-k exchange", "-m slow")
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 build: $(LIBRARY)  ## compile the operators
@@ -54,12 +57,28 @@ torch:  ## put PyTorch (CPU) into .venv-torch, where `make bench` finds it
 	$(PYTHON) -m venv .venv-torch
 	.venv-torch/bin/python -m pip install --quiet torch==2.13.0 "numpy<2.3"
 
+docs: build $(VENV)/docs-ready  ## build the guide and the API reference into docs/_build, seconds
+	$(BIN)/python -W "error:Unknown section" -m sphinx -EqW --keep-going docs docs/_build
+	@echo "docs/_build/index.html"
+
+# libmxnet.so comes with MXNet.  libgomp.so.1 is the system's, because MXNet's library takes it from
+# there: a copy in the wheel would be a second OpenMP runtime, with as many threads again.
+# *.egg-info has the last build's list of files, which would be added to the new one.
+wheel: $(VENV)/ready  ## build the source distribution and one wheel for all Pythons, two minutes
+	rm -rf "$(DIST)" python/*.egg-info
+	PATH="$(abspath $(BIN)):$$PATH" GLUON_SYNCBN_ANY_MXNET=1 $(BIN)/python -m build --outdir "$(DIST)"
+	PATH="$(abspath $(BIN)):$$PATH" && cd "$(DIST)" && \
+	  auditwheel repair --wheel-dir . --exclude libmxnet.so --exclude libgomp.so.1 --plat \
+	    "$$(auditwheel show *-linux_*.whl | grep -o 'manylinux_[0-9_]*x86_64')" *-linux_*.whl && \
+	  rm *-linux_*.whl
+
 sanitize: $(VENV)/ready  ## build and stress everything under sanitizers, some minutes (SEED=1)
 	PATH="$(abspath $(BIN)):$$PATH" tests/sanitize/run.sh "$(abspath $(BIN))/python" "$(MXNET_DIR)" $(SEED)
 
-lint: $(VENV)/ready  ## check formatting and linting of Python and C++
+lint: $(VENV)/ready  ## check formatting, types and common mistakes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/ready  ## format Python and C++
@@ -68,14 +87,14 @@ format: $(VENV)/ready  ## format Python and C++
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:  ## remove what was built; the environment stays
-	rm -rf build dist out python/gluon_syncbn/*.so python/*.egg-info
+	rm -rf build dist out docs/_build .mypy_cache python/gluon_syncbn/*.so python/*.egg-info
 
-.PHONY: help train finetune test build bench gluoncv cu112 emulated torch sanitize lint format clean
+.PHONY: help train finetune test build bench gluoncv cu112 emulated torch docs wheel sanitize lint format clean
 
 $(CU112)/ready: requirements.txt tests/helpers/cuda_standins.py
 	$(PYTHON) -m venv $(CU112)
 	$(CU112)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt \
-	  mxnet-cu112==1.9.1 nvidia-cuda-runtime-cu11==11.8.89
+	  mxnet-cu112==$(MXNET_VERSION) nvidia-cuda-runtime-cu11==11.8.89
 	$(CU112)/bin/python tests/helpers/cuda_standins.py $(CU112)/standins
 	touch $@
 
@@ -85,11 +104,17 @@ $(LIBRARY): $(VENV)/ready $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build
 	@touch $@
 
+$(VENV)/docs-ready: $(VENV)/ready docs/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	touch $@
+
 # The package itself is put on the path, not copied, so that a change needs no installation.
 $(VENV)/ready: requirements.txt Makefile
-	$(PYTHON) -c 'import sys; assert (3, 8) <= sys.version_info < (3, 12), \
-	  "MXNet 1.9.1 runs on Python 3.8 to 3.11: make PYTHON=python3.11 ..."'
+	$(PYTHON) -c 'import runpy, sys; \
+	  runpy.run_path("$(COMPATIBILITY)")["check_python"](sys.version_info)' || \
+	  { echo "Choose one: make PYTHON=python3.11 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt $(MXNET)==1.9.1
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt \
+	  $(MXNET)==$(MXNET_VERSION)
 	echo "$(abspath python)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/gluon_syncbn.pth"
 	touch $@

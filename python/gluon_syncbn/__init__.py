@@ -23,11 +23,10 @@ from .key_barrier import get_timeout, set_timeout  # noqa: E402
 from .key_barrier_sum import KeyBarrierSum  # noqa: E402
 from .startup import start  # noqa: E402
 from .sync_batch_norm import BatchNorm, SyncBatchNorm  # noqa: E402
+from .version import __version__  # noqa: E402, F401
 
 start()
 del start
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BatchNorm",

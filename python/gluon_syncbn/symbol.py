@@ -1,5 +1,9 @@
 """The layer for networks that are written as symbols: a function, as ``mx.sym.BatchNorm`` is."""
 
+from __future__ import annotations
+
+from typing import Any
+
 from mxnet import symbol
 from mxnet.attribute import AttrScope
 from mxnet.name import NameManager
@@ -13,23 +17,23 @@ __all__ = ["SyncBatchNorm"]
 
 
 def SyncBatchNorm(  # noqa: N802: the name of MXNet's
-    data=None,
-    gamma=None,
-    beta=None,
-    moving_mean=None,
-    moving_var=None,
-    eps=1e-3,
-    momentum=0.9,
-    fix_gamma=True,
-    use_global_stats=False,
-    output_mean_var=False,
-    ndev=None,
-    key=None,
-    name=None,
-    attr=None,
-    axis=1,
-    num_devices=None,
-):
+    data: Any = None,
+    gamma: Any = None,
+    beta: Any = None,
+    moving_mean: Any = None,
+    moving_var: Any = None,
+    eps: float = 1e-3,
+    momentum: float = 0.9,
+    fix_gamma: bool = True,
+    use_global_stats: bool = False,
+    output_mean_var: bool = False,
+    ndev: int | None = None,
+    key: str | None = None,
+    name: str | None = None,
+    attr: dict[str, str] | None = None,
+    axis: int = 1,
+    num_devices: int | None = None,
+) -> Any:
     """Synchronized batch normalization of a symbol.
 
     It takes the place of :func:`mxnet.symbol.contrib.SyncBatchNorm`: the same arguments in the same
@@ -105,14 +109,27 @@ def SyncBatchNorm(  # noqa: N802: the name of MXNet's
     # MXNet's own operator makes the variables: their names, marks and attributes are right then.
     with NameManager(), AttrScope(**(attr or {})):
         plain = symbol.BatchNorm(data, gamma, beta, moving_mean, moving_var, name=name)
-        inputs = list(plain.get_children())
+        data, gamma, beta, moving_mean, moving_var = plain.get_children()
         options = {"axis": axis, "eps": eps, "momentum": momentum, "fix_gamma": fix_gamma}
         if use_global_stats or num_devices == 1:
-            return local_batch_norm(symbol, *inputs, options, use_global_stats, name)
+            return local_batch_norm(
+                symbol, data, gamma, beta, moving_mean, moving_var, options, use_global_stats, name
+            )
         key = KEYS.of_layer(name) if key is None else key
         names = f"{name}_moments", f"{name}_sum", name
+        call = KEYS.next_call(key)
         return synchronized_batch_norm(
-            symbol, *inputs, options, key, num_devices, KEYS.next_call(key), names
+            symbol,
+            data,
+            gamma,
+            beta,
+            moving_mean,
+            moving_var,
+            options,
+            key,
+            num_devices,
+            call,
+            names,
         )
 
 

@@ -1,11 +1,7 @@
 """All networks of mxnet.gluon.model_zoo.vision: converted, they compute what they did.
 
-One of each family by default. All of them, some minutes:
-
-GLUON_SYNCBN_TEST_ALL_MODELS=1 make test TEST_ARGS=tests/test_model_zoo.py
+One of each family; the others are marked slow.
 """
-
-import os
 
 import mxnet as mx
 import numpy as np
@@ -40,8 +36,9 @@ def all_names():
         return [line.strip() for line in str(error).splitlines()[1:]]
 
 
-ASKED = os.environ.get("GLUON_SYNCBN_TEST_ALL_MODELS")
-NAMES = all_names() if ASKED else FAMILIES
+NAMES = [
+    pytest.param(name, marks=[] if name in FAMILIES else pytest.mark.slow) for name in all_names()
+]
 
 
 def make(name):

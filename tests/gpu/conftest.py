@@ -15,3 +15,9 @@ import sys
 TESTS = pathlib.Path(__file__).resolve().parent.parent
 # At the end: a package that is on the path already comes first.
 sys.path += [str(TESTS / "helpers"), str(TESTS.parent / "python")]
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if pathlib.Path(__file__).parent in item.path.parents:
+            item.add_marker("gpu")

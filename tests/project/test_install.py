@@ -1,7 +1,4 @@
-"""pip install in clean environments; minutes and downloads, so only where it is asked for:
-
-make test TEST_ARGS="tests/test_install.py" GLUON_SYNCBN_TEST_INSTALL=1
-"""
+"""pip install of a checkout in clean environments, with mxnet and with mxnet-cu112."""
 
 import os
 import shutil
@@ -12,8 +9,7 @@ import pytest
 
 from paths import ROOT
 
-ASKED = os.environ.get("GLUON_SYNCBN_TEST_INSTALL")
-pytestmark = pytest.mark.skipif(not ASKED, reason="slow; GLUON_SYNCBN_TEST_INSTALL=1 runs it")
+pytestmark = pytest.mark.slow
 
 CHECK = """
 import mxnet as mx, numpy, gluon_syncbn

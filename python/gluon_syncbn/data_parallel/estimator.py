@@ -4,6 +4,10 @@ Its own BatchProcessor pushes device after device from one thread, so that devic
 each other can deadlock on CPU contexts, and refuses a batch that does not divide evenly.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 from mxnet import autograd
 from mxnet.gluon.contrib.estimator import BatchProcessor
 from mxnet.gluon.utils import split_and_load
@@ -67,7 +71,7 @@ class DataParallelBatchProcessor(BatchProcessor):
         super().__init__()
         self._wrapped = {}  # (block, contexts) -> what runs it on them
 
-    def fit_batch(self, estimator, train_batch, batch_axis=0):
+    def fit_batch(self, estimator: Any, train_batch: Any, batch_axis: int = 0) -> tuple:
         """Compute the gradients of a batch; the estimator makes the step.
 
         Parameters
@@ -91,7 +95,7 @@ class DataParallelBatchProcessor(BatchProcessor):
         parallel_backward(loss)
         return data, label, pred, loss
 
-    def evaluate_batch(self, estimator, val_batch, batch_axis=0):
+    def evaluate_batch(self, estimator: Any, val_batch: Any, batch_axis: int = 0) -> tuple:
         """Run ``val_net`` and ``val_loss`` on a batch; as :meth:`fit_batch`, without gradients."""
         model = self._model(estimator.val_net, estimator.context)
         criterion = self._criterion(estimator.val_loss, estimator.context)

@@ -1,0 +1,20 @@
+"""The API reference has every public name.  (`make docs` builds it, and fails on a broken link.)"""
+
+import re
+
+import gluon_syncbn
+from gluon_syncbn import estimator, symbol
+from paths import ROOT
+
+
+def documented():
+    pages = (ROOT / "docs" / "api").glob("*.md")
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    return set(re.findall(r"^\.\. (?:auto|py:)\w+:: (gluon_syncbn\.\S+)$", text, re.M))
+
+
+def test_every_public_name_is_in_the_api_reference():
+    public = {f"gluon_syncbn.{name}" for name in gluon_syncbn.__all__ if name != "symbol"}
+    public |= {f"gluon_syncbn.symbol.{name}" for name in symbol.__all__}
+    public.add(f"gluon_syncbn.estimator.{estimator.DataParallelBatchProcessor.__name__}")
+    assert documented() == public
