@@ -1,6 +1,6 @@
-"""What this package needs around it, checked before anything else is imported.
+"""The Python, NumPy and MXNet that this package needs, checked before anything else is imported.
 
-MXNet 1.9.1 is the last MXNet 1.x and fails in obscure ways beside a newer NumPy (it uses aliases
+MXNet 1.9.1 is the last MXNet 1.x and fails in obscure ways with a newer NumPy (it uses aliases
 that NumPy 1.24 dropped), so the check comes before ``import mxnet``.
 """
 

@@ -1,7 +1,7 @@
 """Names and numbers by which all-reduces find each other, and none but each other.
 
-A key names what meets.  Layers of one process never share one (``KEYS.of_layer``), and neither do
-the graphs that are loaded from files (``KEYS.of_graph``).  Within a graph, which may run its
+A key names an all-reduce.  Layers of one process never share one (``KEYS.of_layer``), and neither
+do the graphs that are loaded from files (``KEYS.of_graph``).  Within a graph, which may run its
 operators in any order, each use of a key has a number as well (``KEYS.next_call``).
 """
 

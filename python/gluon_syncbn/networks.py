@@ -18,7 +18,7 @@ _version = 0
 
 
 class NetworkWrapper:
-    """What runs a network, kept as ``net``, and may be given where a network is expected."""
+    """Something that runs a network, ``net``, and is accepted in its place."""
 
     net: Any
 

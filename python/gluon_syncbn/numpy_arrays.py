@@ -1,7 +1,7 @@
 """Arrays and symbols of ``mx.np``: our operators belong to ``mx.nd`` and ``mx.sym``.
 
-The two kinds are faces of the same thing: ``as_nd_ndarray`` and ``as_np_ndarray`` give views that
-share memory, gradient and graph.  So a layer takes either kind and gives back what it got.
+The two kinds are views of the same thing: ``as_nd_ndarray`` and ``as_np_ndarray`` share memory,
+gradient and graph.  So a layer takes either kind and returns the kind it got.
 """
 
 import functools
@@ -22,7 +22,7 @@ def like(value, other):
 
 
 def either_kind(hybrid_forward):
-    """Let a ``hybrid_forward`` that is written for ``mx.nd`` take and give ``mx.np``, too.
+    """Make a ``hybrid_forward`` that is written for ``mx.nd`` work with ``mx.np`` as well.
 
     Raises
     ------

@@ -35,7 +35,7 @@ class Pass:
     Parameters
     ----------
     net : object
-        What is called.
+        The network.
     present : list of Context
         The devices that take part.
     idle : list of Context
@@ -146,20 +146,20 @@ def begin(exchanges, context):
     a_pass = current()
     if a_pass is not None:
         a_pass.note(exchanges)
-    meeting = [
+    synchronized = [
         e
         for e in exchanges
         if e.statistics and not e.local and mxnet_private.has_data(e.statistics[0])
     ]
-    if not meeting:
+    if not synchronized:
         return
     if a_pass is None:
-        _warn_of_loops(meeting)
-    keys = (ctypes.c_char_p * len(meeting))(*[e.key.encode() for e in meeting])
-    means = {id(e.statistics[0]): e.statistics[0] for e in meeting}  # layers may share theirs
+        _warn_of_loops(synchronized)
+    keys = (ctypes.c_char_p * len(synchronized))(*[e.key.encode() for e in synchronized])
+    means = {id(e.statistics[0]): e.statistics[0] for e in synchronized}  # layers may share theirs
     order, count = handles([mean.data(context) for mean in means.values()])
     number, expected = (a_pass.id, len(a_pass.present)) if a_pass else (0, 0)
-    check(LIBRARY.BeginPass(keys, len(meeting), order, count, number, expected))
+    check(LIBRARY.BeginPass(keys, len(synchronized), order, count, number, expected))
 
 
 def _warn_of_loops(exchanges):

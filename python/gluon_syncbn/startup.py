@@ -1,7 +1,7 @@
-"""What importing this package does to the process, all of it, in order.
+"""Everything that importing this package does to the process, in order.
 
-Every module of the package can be imported without effects; its part is a function that is called
-here, once.
+Importing a module of the package has no effects by itself; those it needs are in a function that is
+called here, once.
 """
 
 from .data_parallel import device_threads, random_state

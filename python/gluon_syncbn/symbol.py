@@ -36,51 +36,52 @@ def SyncBatchNorm(  # noqa: N802: the name of MXNet's
 ) -> Any:
     """Synchronized batch normalization of a symbol.
 
-    It takes the place of :func:`mxnet.symbol.contrib.SyncBatchNorm`: the same arguments in the same
-    order, with the same defaults (which are not those of the Gluon layer), and the same names of
-    arguments, auxiliary states and outputs, so checkpoints go both ways.
+    A drop-in replacement for :func:`mxnet.symbol.contrib.SyncBatchNorm`: the same arguments in the
+    same order with the same defaults (which differ from those of the Gluon layer), and the same
+    names of arguments, auxiliary states and outputs, so checkpoints load in both directions.  See
+    :class:`gluon_syncbn.SyncBatchNorm` for what it computes.
 
     Parameters
     ----------
     data : Symbol
-        float16, float32 or float64, of 2 or more dimensions.
+        Of shape ``(N, C, *)`` with ``axis=1``: 2 or more dimensions; float16, float32 or float64.
     gamma, beta, moving_mean, moving_var : Symbol, optional
-        Of shape (channels,); by default variables ``NAME_gamma`` and so on.
+        Of shape ``(C,)``; by default variables ``NAME_gamma`` and so on.
     eps : float, default 1e-3
         Added to the variance.
     momentum : float, default 0.9
-        How much the moving statistics keep of what they were.
+        ``moving = momentum * moving + (1 - momentum) * batch``.
     fix_gamma : bool, default True
         Take gamma as 1.
     use_global_stats : bool, default False
-        Normalize by the moving statistics in training, too.
+        Normalize by the moving statistics in training as well.
     output_mean_var : bool, default False
-        Only False: ours has no such outputs.
+        Must be False: there are no such outputs.
     ndev, num_devices : int or None, default None
-        Two names for how many devices take part.  For :class:`mxnet.mod.Module`, the number of its
-        contexts.  None is what :class:`ModelDataParallel` says for a SymbolBlock, and without one
-        the number of visible GPUs, or 1.  (MXNet's default is 1.)
+        Two names for the number of devices that take part.  For :class:`mxnet.mod.Module`, the
+        number of its contexts.  None: determined by :class:`ModelDataParallel` for a SymbolBlock;
+        without one, the number of visible GPUs, or 1.  (MXNet's default is 1.)
     key : str, optional
-        The name under which the devices meet; by default one that no other layer has.
+        The key of the layer's all-reduce; by default one that no other layer has.
     name : str, optional
-        Of the layer; by default ``syncbatchnorm0`` and so on.
+        Name of the layer; by default ``syncbatchnorm0`` and so on.
     attr : dict of str to str, optional
         Attributes of its nodes.
     axis : int, default 1
-        The channel axis; negative from the end.
+        The channel axis; negative values count from the end.
 
     Returns
     -------
     Symbol
-        As ``data``.
+        Of the shape and dtype of ``data``.
 
     Raises
     ------
     TypeError
-        If ``data`` is no Symbol, or ``key`` no string.
+        If ``data`` is not a Symbol, or ``key`` not a string.
     ValueError
-        If the number of devices is neither None nor a positive integer, or given twice and not
-        equal, if ``key`` is empty, or ``output_mean_var`` is set.
+        If the number of devices is neither None nor a positive integer, or is given twice with
+        different values; if ``key`` is empty, or ``output_mean_var`` is set.
 
     Examples
     --------

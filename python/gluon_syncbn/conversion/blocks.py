@@ -1,8 +1,7 @@
-"""Networks and symbols that exist already: their batch normalization made synchronized, and back.
+"""Existing networks and symbols: their batch normalization made synchronized, and back.
 
-A layer is converted where it is, by giving it another class.  So whatever refers to it keeps
-referring to it: containers, attributes, a second place that shares it, a Trainer that has its
-parameters.
+A layer is converted in place, by giving it another class.  So every reference to it stays valid:
+containers, attributes, a second place that shares it, a Trainer that has its parameters.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from .rewriting import (
 
 
 def _graphs_of(blocks, convert):
-    """Edited graphs of the SymbolBlocks in which there was something to do."""
+    """Return the edited graphs of the SymbolBlocks that had something to convert."""
     found = []
     for block in blocks:
         if isinstance(block, SymbolBlock):
@@ -56,7 +55,7 @@ def _apply(net, layers, graphs, change):
 
 
 def _check_registered(blocks):
-    """Gluon does not know of blocks in a list of the network's own, so neither can we."""
+    """Raise ConversionError for a layer in a plain list, which Gluon does not see."""
     known = {id(block) for block in blocks}
     for block in blocks:
         for name, value in vars(block).items():
@@ -71,21 +70,21 @@ def _check_registered(blocks):
 
 
 def convert_sync_batchnorm(net: Any, num_devices: int | None = None) -> Any:
-    """Make all batch normalization of a network synchronized.
+    """Make every batch normalization of a network synchronized.
 
     Every :class:`mxnet.gluon.nn.BatchNorm` and :class:`mxnet.gluon.contrib.nn.SyncBatchNorm`, at
     any depth, becomes a :class:`SyncBatchNorm`, and so does every ``BatchNorm`` in the graph of a
-    :class:`mxnet.gluon.SymbolBlock`.  Settings, names, parameters and what they are initialized
-    with or hold are kept, so checkpoints go both ways.  It makes no difference whether the network
-    has been initialized, hybridized or run.  (Where ``net`` is only a part of a network that is
-    hybridized and has run, :class:`ModelDataParallel` notices; if you call that network yourself,
-    ``hybridize()`` it again.)  An ``F.BatchNorm`` that a block calls itself is not found.
+    :class:`mxnet.gluon.SymbolBlock`.  Settings, names, parameters with their initializers and
+    values are kept, so checkpoints load in both directions.  The network may or may not have been
+    initialized, hybridized or run.  (If ``net`` is only a part of a network that is hybridized and
+    has run, :class:`ModelDataParallel` notices; if you call that network yourself, ``hybridize()``
+    it again.)  An ``F.BatchNorm`` that a block calls itself is not found.
 
     Parameters
     ----------
     net : Block or ModelDataParallel
-        Changed in place.  Layers that are ours already are left as they are; to give them another
-        number of devices, :func:`revert_batchnorm` first.
+        Changed in place.  Layers that are synchronized already are left as they are; to change
+        their number of devices, call :func:`revert_batchnorm` first.
     num_devices : int or None, default None
         As for :class:`SyncBatchNorm`.
 
@@ -97,10 +96,10 @@ def convert_sync_batchnorm(net: Any, num_devices: int | None = None) -> Any:
     Raises
     ------
     TypeError
-        If ``net`` is no Block.  (For a Symbol there is :func:`convert_symbol`.)
+        If ``net`` is not a Block.  (For a Symbol, use :func:`convert_symbol`.)
     ConversionError
-        A ValueError: if a layer is batch normalization of another kind, or in a list that Gluon
-        does not know of, which it names.  Nothing has been converted then.
+        A ValueError that names the layer: if it is batch normalization of another kind, or in a
+        list that is not registered with Gluon.  Then nothing has been converted.
 
     Examples
     --------
@@ -137,10 +136,11 @@ def convert_sync_batchnorm(net: Any, num_devices: int | None = None) -> Any:
 
 
 def revert_batchnorm(net: Any) -> Any:
-    """Make all synchronized batch normalization of a network plain.
+    """Make every synchronized batch normalization of a network plain.
 
     The way back from :func:`convert_sync_batchnorm`: every :class:`SyncBatchNorm` (and MXNet's)
-    becomes an :class:`mxnet.gluon.nn.BatchNorm`, with all that it has; graphs likewise.
+    becomes an :class:`mxnet.gluon.nn.BatchNorm` with the same settings and parameters; graphs
+    likewise.
 
     Parameters
     ----------
@@ -150,16 +150,16 @@ def revert_batchnorm(net: Any) -> Any:
     Returns
     -------
     Block or Symbol
-        The Block, or a new Symbol.
+        ``net``, or a new Symbol.
 
     Raises
     ------
     TypeError
         If ``net`` is neither.
     ConversionError
-        A ValueError: if a layer is of a class derived from ours or does what MXNet's cannot
-        (``momentum=None``, ``track_running_stats=False``), or a graph has an exchange that is no
-        batch normalization.  Nothing has been converted then.
+        A ValueError: if a layer is of a derived class or does what MXNet's cannot
+        (``momentum=None``, ``track_running_stats=False``), or a graph has an all-reduce that is not
+        part of a batch normalization.  Then nothing has been converted.
 
     Examples
     --------
@@ -197,7 +197,7 @@ in_channels=None)
 
 
 def _missing_in_mxnets(layer):
-    """What the layer does that MXNet's cannot, and what to do then; or None."""
+    """Say what the layer does that MXNet's cannot, and what to do; or return None."""
     if not layer.track_running_stats:
         return NO_BATCH_STATISTICS
     return NO_AVERAGE if settings(layer)["momentum"] is None else None
@@ -218,32 +218,32 @@ def _blocks_of(net):
 
 
 def convert_symbol(sym: Symbol, num_devices: int | None = None) -> Symbol:
-    """Make all batch normalization of a symbol synchronized.
+    """Make every batch normalization of a symbol synchronized.
 
-    Every ``BatchNorm`` (and ``BatchNorm_v1``, and MXNet's ``_contrib_SyncBatchNorm``) becomes ours.
-    Names of arguments, auxiliary states and outputs are kept, so parameters that fit before fit
-    afterwards.
+    Every ``BatchNorm`` (and ``BatchNorm_v1``, and MXNet's ``_contrib_SyncBatchNorm``) is replaced.
+    Names of arguments, auxiliary states and outputs are kept, so the same parameters fit.
 
     Parameters
     ----------
     sym : Symbol
         For example from ``mx.sym.load`` or ``mx.model.load_checkpoint``; it is not changed.
-        Layers that are ours already are left as they are.
+        Layers that are synchronized already are left as they are.
     num_devices : int or None, default None
-        How many devices take part.  For :class:`mxnet.mod.Module`, the number of its contexts;
-        None is what :class:`ModelDataParallel` says, and without one the number of visible GPUs,
-        or 1: in a Module, every CPU context by itself.
+        Number of devices that take part.  For :class:`mxnet.mod.Module`, the number of its
+        contexts.  None: determined by :class:`ModelDataParallel`; without one, the number of
+        visible GPUs, or 1: in a Module, every CPU context by itself.
 
     Returns
     -------
     Symbol
+        A new one.
 
     Raises
     ------
     TypeError
-        If ``sym`` is no Symbol.
+        If ``sym`` is not a Symbol.
     ConversionError
-        A ValueError: if a node cannot be converted, which it names.
+        A ValueError that names the node: if it cannot be converted.
 
     Examples
     --------

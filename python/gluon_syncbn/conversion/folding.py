@@ -13,7 +13,7 @@ _PLAIN_LAYOUTS = (None, "None", "NCW", "NCHW", "NCDHW")
 
 
 class _Fold:
-    """One batch normalization and the layer before it, if they can become one."""
+    """One batch normalization and the layer before it, which may become one."""
 
     def __init__(self, norm, uses, parameters):
         self.norm, self.parameters = norm, parameters
@@ -24,7 +24,7 @@ class _Fold:
     def _layer_fits(self):
         layer, axis = self.layer, int(self.norm.attrs["axis"])
         if len(self._uses[id(layer)]) != 1:
-            return False  # somebody else reads what is not normalized
+            return False  # something else reads the output before normalization
         if layer.op in ("Convolution", "Deconvolution"):
             return axis == 1 and layer.attrs.get("layout") in _PLAIN_LAYOUTS
         if layer.op == "FullyConnected":
@@ -53,7 +53,7 @@ class _Fold:
         return (split * k.reshape(groups, 1, -1, *rest)).reshape(weight.shape)
 
     def apply(self):
-        """Change the layer and its parameters; the normalization is then to be left out."""
+        """Change the layer and its parameters, so that the normalization can be left out."""
         gamma, beta, mean, var = (self._value(node) for node, _ in self.norm.inputs[1:])
         k = gamma / np.sqrt(var + float(self.norm.attrs["eps"]))
         layer = self.layer
@@ -85,10 +85,10 @@ def fold(graph, parameters):
     Parameters
     ----------
     graph : Graph
-        Changed in place; what cannot be folded stays.
+        Changed in place; normalizations that cannot be folded stay.
     parameters : dict
         Name to NDArray, arguments and auxiliary states alike.  Weights are changed and biases
-        added; what the graph no longer has stays in it.
+        added; parameters that the graph no longer needs stay in it.
 
     Returns
     -------

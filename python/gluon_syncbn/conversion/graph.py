@@ -1,7 +1,7 @@
 """A symbol as objects that can be edited: read from its JSON, and written back to a new symbol.
 
 MXNet has no way to replace a node of a symbol.  Its JSON lists nodes by number; here a node knows
-its inputs, so that one can be put in the place of another, and the numbers are made anew.
+its inputs, so one can replace another, and nodes are numbered again when the symbol is written.
 """
 
 import json
@@ -18,7 +18,7 @@ class Node:
         self.op, self.name = op, name
         self.attrs = dict(attrs or {})
         self.inputs = list(inputs)
-        self._more = dict(more or {})  # what else the JSON says of it, such as subgraphs
+        self._more = dict(more or {})  # the rest of its JSON entry, such as subgraphs
 
     @property
     def is_variable(self):
@@ -90,7 +90,7 @@ class Graph:
         return order
 
     def uses(self):
-        """Who reads what: {id of a node: [(reader or None for a head, output)]}."""
+        """Map the id of each node to its readers: [(reader, or None for a head, output)]."""
         found = {}
         for node in self.nodes:
             for source, output in node.inputs:
@@ -100,7 +100,7 @@ class Graph:
         return found
 
     def replace(self, new):
-        """Let whoever reads a node read another in its place, output for output.
+        """Replace nodes by others, output for output, wherever they are read.
 
         Parameters
         ----------

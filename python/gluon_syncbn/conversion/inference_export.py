@@ -19,7 +19,7 @@ _LOW = (np.float16, bfloat16)
 
 
 def _exported(net, remove_amp_cast):
-    """The network's graph, and {name: NDArray} of what it reads."""
+    """Return the network's graph, and {name: NDArray} of the parameters it reads."""
     sym = graph_of(net)
     if sym is None:
         raise RuntimeError(
@@ -69,7 +69,7 @@ def _check(graph, parameters):
 
 
 def _write_ones(graph, parameters):
-    """Write what fix_gamma means: other readers of the file, as ONNX's, take gamma as it is."""
+    """Write ones for gammas that fix_gamma overrides: ONNX's exporter takes gamma as it is."""
     uses = graph.uses()
     for node in _norms(graph):
         gamma, _ = node.inputs[1]
@@ -92,41 +92,42 @@ def export_for_inference(
 ) -> tuple[str, str]:
     """Write a symbol and parameters that MXNet loads without this package.
 
-    As ``net.export``, with every synchronized batch normalization a plain ``BatchNorm`` node.
+    Like ``net.export``, with a plain ``BatchNorm`` node for every synchronized batch normalization.
 
     Parameters
     ----------
     net : HybridBlock or ModelDataParallel
         Hybridized and called once, as for ``net.export``.
     path : str
-        Writes ``path-symbol.json`` and ``path-0000.params`` (the epoch in four digits).
+        Prefix of the files: ``path-symbol.json`` and ``path-0000.params`` (the epoch in four
+        digits).
     epoch : int, default 0
     fold : bool, default False
-        Fold each batch normalization into the convolution or dense layer right before it, where
-        there is one and nothing else reads its output.  The rest stay ``BatchNorm`` nodes.
+        Fold each batch normalization into the convolution or dense layer right before it, if there
+        is one and nothing else reads its output.  The rest stay ``BatchNorm`` nodes.
     remove_amp_cast : bool, default True
         As for ``net.export``: leave out the casts of ``mxnet.contrib.amp``; all parameters are then
-        float32.  False keeps both, casts and the dtypes of the parameters.
+        float32.  False keeps the casts and the dtypes of the parameters.
 
     Returns
     -------
     tuple of str
-        The two files.
+        The paths of the two files.
 
     Raises
     ------
     TypeError
-        If ``net`` is no HybridBlock.
+        If ``net`` is not a HybridBlock.
     RuntimeError
         If the network has no graph, or parameters without values.
     ConversionError
-        A ValueError: if the graph has an operator of this package that is no batch normalization
-        (KeyBarrierSum), or in a loop, or a layer with ``track_running_stats=False``, or parameters
-        that do not fit each other.  Nothing is written then.
+        A ValueError: if the graph has a :func:`KeyBarrierSum`, an operator of this package in a
+        loop, a layer with ``track_running_stats=False``, or parameters that do not fit each other.
+        Then nothing is written.
 
     Notes
     -----
-    ``mx.onnx.export_model`` takes the two files; it has no BatchNorm with an axis other than 1.
+    ``mx.onnx.export_model`` takes the two files; it supports BatchNorm with ``axis=1`` only.
 
     Examples
     --------

@@ -1,7 +1,7 @@
 """Batch normalization in a graph, made synchronized and plain again.
 
-Plain is MXNet's ``BatchNorm``, one node.  Synchronized is three nodes around the exchange, or one
-where a device meets nobody; see docs/architecture.md.
+Plain is MXNet's ``BatchNorm``, one node.  Synchronized is three nodes around the all-reduce, or one
+if no all-reduce is needed; see docs/architecture.md.
 """
 
 from collections import Counter
@@ -64,7 +64,7 @@ def _options(node):
 
 
 def synchronize(graph, num_devices=None):
-    """Replace every batch normalization of a :class:`Graph` by ours; say how many there were."""
+    """Replace every batch normalization of a :class:`Graph` by ours; return how many there were."""
     _check(graph)
     plain = [node for node in graph.nodes if node.op in _CONVERTIBLE]
     calls = Counter()  # a layer that is used twice has one name

@@ -1,7 +1,7 @@
 """A callable around a network, as a Block.
 
-GluonCV's ``SegEvalModel`` calls another method of a network and is no Block itself; what runs a
-network needs its blocks, wherever they are.
+GluonCV's ``SegEvalModel`` calls another method of a network and is not a Block itself; but running
+a network needs its blocks, wherever they are.
 """
 
 from mxnet.gluon import Block
@@ -10,7 +10,7 @@ from ..mxnet_private import children
 
 
 class CallableBlock(Block):
-    """Calls something that is no Block; its children are the blocks that this refers to.
+    """Calls something that is not a Block; its children are the blocks found in it.
 
     Parameters
     ----------
@@ -20,7 +20,7 @@ class CallableBlock(Block):
     Raises
     ------
     TypeError
-        If a parameter belongs to no block that was found.
+        If a parameter belongs to none of the blocks found.
     """
 
     def __init__(self, function):
@@ -55,7 +55,7 @@ class CallableBlock(Block):
 
 
 def as_block(network):
-    """Give a Block as it is, and as one what else can be called and has ``collect_params``."""
+    """Return a Block as it is, and wrap anything else that can be called and has parameters."""
     if isinstance(network, Block):
         return network
     if not callable(network) or not hasattr(network, "collect_params"):

@@ -2,8 +2,8 @@
 
 MXNet's temporary space and random state belong to the thread that pushes an operator.  Pushed from
 one thread, a device's later layers can hold the space that another's earlier layers wait for: with
-layers that wait for each other, a deadlock.  And what a thread once had is never given back, so
-threads are kept.  docs/architecture.md has the whole story.
+layers that wait for each other, a deadlock.  A thread never gives back its space, so threads
+are kept.  docs/architecture.md has the whole story.
 """
 
 import os
@@ -24,7 +24,7 @@ class _Threads:
 
     def __init__(self):
         self.order = threading.RLock()  # all callers reach the devices in one order
-        self.gluon = threading.RLock()  # what is not safe in several threads at once
+        self.gluon = threading.RLock()  # around work that is not safe in several threads
         self._executors = {}  # Context -> an executor of one thread
 
     def submit(self, device, function, *arguments):
@@ -39,7 +39,7 @@ _device_thread = threading.local()
 
 
 def forget_threads_after_fork():
-    """Let every forked child begin anew: it has no threads, and nothing there opens locks."""
+    """Start afresh in every forked child, which has no threads that could release its locks."""
 
     def forget():
         global _threads
@@ -50,7 +50,7 @@ def forget_threads_after_fork():
 
 
 class _State:
-    """MXNet's modes of a thread, for another thread to run something as if it were there."""
+    """MXNet's modes of a thread, so that another thread can run something as that one would."""
 
     def __init__(self):
         self._modes = autograd.is_recording(), autograd.is_training()
@@ -73,7 +73,7 @@ class _State:
 
 
 class _Request:
-    """Something that a device's thread wants done in its caller's thread."""
+    """Work that a device's thread wants done in its caller's thread."""
 
     def __init__(self, function):
         self._function, self._state = function, _State()
@@ -166,7 +166,7 @@ class _Run:
         return None
 
     def give_up(self, error):
-        """Let the other devices end."""
+        """Wait until the other devices have ended; refuse what they ask for."""
         while self._pending:
             event = self._events.get()
             if isinstance(event, _Request):
@@ -210,15 +210,15 @@ def run_on(device, function):
 def run(tasks, a_pass=None, fail=None):
     """Run one function per device, each in its device's thread, and give their results.
 
-    The functions run in the caller's modes.  If one raises, nobody may wait for its device any
-    more: ``fail`` says so to the exchange.  Then everything pending is let run out, and its
-    exception is raised here; after that everything works as before.
+    The functions run in the caller's modes.  If one raises, no device may wait for it any longer:
+    ``fail`` tells the exchange.  Then everything pending runs out, and the exception is raised
+    here; after that everything works as before.
 
     Parameters
     ----------
     tasks : list of (Context, callable)
     a_pass : Pass, optional
-        What they are parts of.
+        The pass that they are parts of.
     fail : callable, optional
         Called with the reason; by default the pass's ``fail``.
 

@@ -1,7 +1,7 @@
-"""What makes MXNet's Estimator train on several devices at once.
+"""MXNet's Estimator on several devices at once.
 
-Its own BatchProcessor pushes device after device from one thread, so that devices that wait for
-each other can deadlock on CPU contexts, and refuses a batch that does not divide evenly.
+Its own BatchProcessor pushes device after device from one thread, so devices that wait for each
+other can deadlock on CPU contexts, and it refuses a batch that does not divide evenly.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from .model import ModelDataParallel
 class DataParallelBatchProcessor(BatchProcessor):
     """Run the batches of an Estimator over all of its contexts, synchronized.
 
-    To be given to :class:`mxnet.gluon.contrib.estimator.Estimator` as ``batch_processor``, which
-    then trains as one device with the whole batch would.
+    Pass one to :class:`mxnet.gluon.contrib.estimator.Estimator` as ``batch_processor``; the
+    estimator then trains as one device with the whole batch would.
 
     Notes
     -----
     A batch is ``(data, label)``, two arrays of equal length along ``batch_axis``.  It need not
-    divide evenly, and may be smaller than the number of devices: the lists that event handlers and
-    metrics get have one entry per device that got a share.  For batches of another form, override
-    ``_get_data_and_label(batch, ctx, batch_axis)``, which gives the two lists.
+    divide evenly, and may be smaller than the number of devices: event handlers and metrics get
+    lists with one entry per device that got a shard.  For batches of another form, override
+    ``_get_data_and_label(batch, ctx, batch_axis)``, which returns the two lists.
 
-    The estimator's ``net`` and ``val_net`` may be blocks, or a :class:`ModelDataParallel`; give it
-    the latter if you also call that yourself.  An output that is a list or tuple is passed to the
-    loss as so many arguments.
+    The estimator's ``net`` and ``val_net`` may be Blocks or a :class:`ModelDataParallel`; pass the
+    latter if you also call it yourself.  An output that is a list or tuple is passed to the
+    loss as several arguments.
 
     Raises
     ------
     TypeError
-        From ``fit`` and ``evaluate``, if data or label are no arrays.
+        From ``fit`` and ``evaluate``, if data or label is not an array.
     ValueError
         From ``fit`` and ``evaluate``, if data and label differ in length, or the network's
-        parameters lie on several devices that are not the estimator's ``context``.
+        parameters are on several devices that are not the estimator's ``context``.
     Exception
-        From ``fit`` and ``evaluate``, what :class:`ModelDataParallel` raises.
+        From ``fit`` and ``evaluate``, whatever :class:`ModelDataParallel` raises.
 
     Examples
     --------
@@ -84,7 +84,7 @@ class DataParallelBatchProcessor(BatchProcessor):
         Returns
         -------
         data, label, pred, loss : list of NDArray
-            One entry per device that got a share.
+            One entry per device that got a shard.
         """
         model = self._model(estimator.net, estimator.context)
         criterion = self._criterion(estimator.loss, estimator.context)
@@ -146,9 +146,10 @@ def _names(contexts):
 
 
 def _check_parameters(net, contexts):
-    """Estimator takes cpu(0) if it is given no context, wherever the parameters are.
+    """Raise ValueError if parameters on several devices would be moved.
 
-    Those on one device are put on the estimator's, those on several are meant to stay there.
+    Estimator takes cpu(0) if it is given no context, wherever the parameters are.  Parameters on
+    one device are copied to the estimator's; those on several were put there on purpose.
     """
     for parameter in net.collect_params().values():
         if contexts_of(parameter) is None:

@@ -111,7 +111,7 @@ class ModelDataParallel(NetworkWrapper):
             _check_gpus(self.ctx_list)
         if len(self.ctx_list) > 1 and os.environ.get("MXNET_ENGINE_TYPE") == "NaiveEngine":
             raise RuntimeError(
-                "NaiveEngine runs one operator at a time, so several devices can never meet; "
+                "NaiveEngine runs one operator at a time, so devices cannot exchange anything; "
                 "unset MXNET_ENGINE_TYPE, or use one device"
             )
         random_state.begin()

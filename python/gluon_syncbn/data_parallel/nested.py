@@ -1,4 +1,4 @@
-"""Arrays in what a network takes and gives: alone, or in lists, tuples and dicts."""
+"""Arrays in a network's inputs and outputs: alone, or in lists, tuples and dicts."""
 
 from mxnet.gluon.utils import split_and_load
 from mxnet.ndarray import NDArray
@@ -12,12 +12,12 @@ def arrays_in(value):
 
 
 def divide(value, devices):
-    """Cut arrays by rows, one part for each device, unevenly if it must be.
+    """Split arrays by rows, one part for each device, unevenly if need be.
 
     Parameters
     ----------
     value : object
-        An NDArray, or lists, tuples and dicts with NDArrays; what else is in them goes to all.
+        An NDArray, or lists, tuples and dicts with NDArrays; anything else in them goes to all.
     devices : list of Context
 
     Returns

@@ -1,7 +1,7 @@
-"""Putting a network's parameters on all the devices that are to run it.
+"""A network's parameters, put on all the devices that are to run it.
 
-``net.initialize()`` and ``load_parameters`` without contexts leave them on one device, which is how
-programs for a single device begin.
+``net.initialize()`` and ``load_parameters`` without contexts leave them on one device, as programs
+for a single device do.
 """
 
 from ..mxnet_private import (
@@ -29,15 +29,15 @@ class Placement:
         self._seen = {}  # Parameter -> its list of contexts, which has all of ours
 
     def restore(self):
-        """Move the parameters that lack one of the devices, with their values, to all of them.
+        """Copy the parameters that are missing on one of the devices to all of them.
 
-        What is not initialized at all stays so.  A Trainer made before follows, if it has made no
-        step.
+        Those that are not to be initialized stay as they are.  A Trainer that was made before
+        follows if it has made no step.
 
         Raises
         ------
         ValueError
-            If a parameter that must move is sparse, or a Trainer has made steps with it.
+            If a parameter that must be copied is sparse, or its Trainer has made steps.
         """
         lacking = []
         for block in blocks_of(self._net):

@@ -1,10 +1,10 @@
 """Random numbers in device threads: different on every device, reproducible by mx.random.seed.
 
 MXNet keeps its random state per thread, and a new thread's starts from the same seed as any
-other's: left alone, every device would draw the same dropout mask, and ``mx.random.seed`` in the
-main thread would change none of them.  The state cannot be read, so we note what it is set to, at
-the C functions that every Python way of seeding calls, and each device thread sets its own from
-that and its device.
+other's: every device would draw the same dropout mask, and ``mx.random.seed`` in the main thread
+would change none of them.  The state cannot be read, so seeds are recorded when they are set, at
+the C functions that all of Python's ways of seeding call; each device thread derives its own seed
+from that and its device.
 """
 
 import threading
@@ -18,7 +18,7 @@ _Seed = namedtuple("_Seed", "generation value")  # generations grow with every c
 
 
 class _Seeds:
-    """What ``mx.random.seed`` was last told."""
+    """The last seeds that ``mx.random.seed`` set."""
 
     def __init__(self):
         self._lock = threading.Lock()

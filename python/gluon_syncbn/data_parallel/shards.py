@@ -12,7 +12,7 @@ Shard = namedtuple("Shard", "context args kwargs")  # what one device gets of a 
 
 
 def check_contexts(contexts, name="ctx_list"):
-    """Return a list of distinct contexts, or raise an error that says what is wrong with it."""
+    """Return a list of distinct contexts; raise an error for anything else."""
     if isinstance(contexts, Context):
         contexts = [contexts]
     contexts = list(contexts)
@@ -83,13 +83,13 @@ def split(contexts, args, kwargs):
     """Give each device its shard of a call's arguments.
 
     A list or tuple in which every entry is or holds an NDArray has one entry per device.  An
-    NDArray by itself is a whole batch, which is cut by rows for the devices of the lists.  Anything
-    else goes to every device as it is.
+    NDArray by itself is a whole batch, which is split by rows over the devices of the lists.
+    Anything else goes to every device as it is.
 
     Parameters
     ----------
     contexts : list of Context
-        The devices there are.
+        The devices.
     args : tuple
         Positional arguments.
     kwargs : dict
@@ -103,10 +103,10 @@ def split(contexts, args, kwargs):
     Raises
     ------
     TypeError
-        If the first argument is no list of NDArrays, or a list has them in some entries only.
+        If the first argument is not a list of NDArrays, or a list has them in some entries only.
     ValueError
-        If a list is empty, consists of as many None as devices take part, or its entries do not lie
-        on contexts of ours, each once; or an NDArray cannot be cut.
+        If a list is empty, consists of as many None as there are devices, or its entries are not
+        on distinct devices of ``contexts``; or an NDArray cannot be split.
     """
     named = named_arguments(args, kwargs)
     first = named[0][1] if named else None

@@ -1,4 +1,4 @@
-"""Whole batches among a call's arguments: cut by rows into a part for each device."""
+"""Whole batches among a call's arguments: split by rows into a shard for each device."""
 
 from mxnet import autograd
 
@@ -7,12 +7,12 @@ from .nested import arrays_in, divide
 
 
 def rows_of(named):
-    """Count the rows of arrays that are to be cut together for several devices.
+    """Count the rows of arrays that are to be split together over several devices.
 
     Parameters
     ----------
     named : list of (str, NDArray)
-        With what an error is to call them; one at least.
+        At least one array, each with its name for errors.
 
     Returns
     -------
@@ -21,7 +21,7 @@ def rows_of(named):
     Raises
     ------
     ValueError
-        If one has no rows, or another number than the others, or is part of what is being recorded.
+        If one has no rows, or not as many as the others, or is part of a graph being recorded.
     """
     first, rows = named[0][0], None
     for name, array in named:
@@ -38,32 +38,32 @@ def rows_of(named):
                 "for all else"
             )
         if autograd.is_recording() and is_recorded(array):
-            # The devices' backward passes would run through its graph at once, and crash.
+            # The devices' backward passes would run through its graph at the same time and crash.
             raise ValueError(
                 f"{name} has a gradient attached, or comes from what has one, and cannot be split "
                 "over devices that run backward side by side; run what comes before it on every "
-                "device, too (split_and_load, then attach_grad to the parts), or detach() it"
+                "device as well (split_and_load, then attach_grad to the parts), or detach() it"
             )
     return rows
 
 
 def cut(contexts, args, kwargs):
-    """Cut the whole batches among a call's arguments, as GluonCV's wrappers do.
+    """Split the whole batches among a call's arguments, as GluonCV's wrappers do.
 
-    They are arrays, and lists, tuples and dicts with arrays, on one device.  What has arrays on
-    several has an entry for each already, and is left alone.
+    A whole batch is an array, or a list, tuple or dict with arrays, on one device.  An argument
+    with arrays on several devices has an entry for each already, and is left alone.
 
     Parameters
     ----------
     contexts : list of Context
-        The devices there are.  Of batches with fewer rows only so many get a part.
+        The devices.  If there are fewer rows than devices, the last devices get none.
     args : tuple
     kwargs : dict
 
     Returns
     -------
     args, kwargs : tuple, dict
-        With a list that has an entry per device in the place of what was cut.
+        With a list of one entry per device in place of each batch that was split.
 
     Raises
     ------
@@ -81,6 +81,6 @@ def cut(contexts, args, kwargs):
 
 
 def named_arguments(args, kwargs):
-    """List a call's arguments with what an error is to call them."""
+    """List a call's arguments with their names for errors."""
     named = [(f"argument {i + 1}", value) for i, value in enumerate(args)]
     return named + [(f"argument {name!r}", value) for name, value in kwargs.items()]

@@ -1,1 +1,1 @@
-"""What this package changes in MXNet's own Python: each module installs one change, at import."""
+"""Changes to MXNet's own Python: each module has one, which ``startup`` installs."""

@@ -1,24 +1,23 @@
 """Executors: symbols with our operators, bound by Module or by a program of your own.
 
-Two things about how MXNet makes and runs an executor do not suit layers whose devices wait for each
-other and which move their statistics in the forward pass.  This file knows them both, and that part
-of MXNet's Python; symbols without our operators go through it as they are.
+Three things about how MXNet makes and runs an executor do not suit layers that wait for other
+devices and update statistics in the forward pass.  Symbols without our operators pass through here
+unchanged.
 
 Mirroring.  ``MXNET_BACKWARD_DO_MIRROR`` makes the backward pass compute most operators again
 instead of keeping their outputs (``need_mirror`` in MXNet's ``src/executor/graph_executor.cc``).
-Ours would move their statistics, and meet the other devices, twice a step.  Which operators are
-excepted is fixed there, but any can be asked for, by the attribute ``__force_mirroring__``.  So the
-variable is 0 while a symbol of ours is bound, and what it would have asked for has the attribute.
-(The convolutions before and the activations after our layers are what they were.)
+Ours would update their statistics, and all-reduce, twice a step.  The list of exceptions is fixed
+there, but the attribute ``__force_mirroring__`` selects any operator.  So the variable is 0 while a
+symbol of ours is bound, and the operators that it would have selected get the attribute.
 
 Threads.  An executor holds the random state and the temporary space of the thread that binds it,
-and a monitor takes those of the thread that runs it.  Of the CPU contexts all have the same within
-a thread, so one's later layers would hold what another's earlier layers wait for.  So where devices
-meet, each executor on a CPU is bound and run in its device's own thread (see device_threads.py).
+and a monitor takes those of the thread that runs it.  All CPU contexts of a thread share them, so
+one device's later layers could hold what another's earlier layers wait for.  So if a graph has
+all-reduces, its executor on a CPU is bound and run in its device's own thread (device_threads.py).
 
-Order.  An executor does not tell the engine that it writes auxiliary states, and keeps one flag for
-all its runs that says whether it trains.  So after a training pass a fence lets everybody who uses
-the statistics wait for it, and a pass of the other kind waits for the one before.
+Order.  An executor does not tell the engine that it writes auxiliary states, and has one
+is-training flag for all its runs.  So a fence after a training pass makes every reader of the
+statistics wait for it, and a pass of the other kind waits for the one before.
 """
 
 import contextlib
@@ -50,13 +49,13 @@ def _mirrors():
 
 @contextlib.contextmanager
 def _mirroring_off():
-    """Set the variable to 0; where another thread binds another symbol, it does without mirrors."""
+    """Set the variable to 0; a symbol that another thread binds now is not mirrored either."""
     with _lock:
         value = os.environ.get(MIRROR_VARIABLE)
         if value is None:
             yield
             return
-        # Never deleted: replacing a value is safe beside MXNet's threads, which may be reading.
+        # Never deleted: MXNet's threads may be reading, which replacing a value does not disturb.
         os.environ[MIRROR_VARIABLE] = "0"
         try:
             yield
@@ -69,7 +68,7 @@ def _operators(node):
 
 
 def _compute_once(graph):
-    """Ask for what MXNet would mirror, less our operators; say whether the graph changed."""
+    """Select what MXNet would mirror, less our operators; return whether the graph changed."""
     everything = changed = _mirrors()
     for node in graph.nodes:
         if _operators(node) & OPERATORS.keys():
@@ -79,7 +78,7 @@ def _compute_once(graph):
     return changed
 
 
-def _meets_others(graph):
+def _has_all_reduces(graph):
     return any(
         inner.op in EXCHANGES and inner.attrs.get("num_devices") != "1"
         for node in graph.nodes
@@ -133,7 +132,7 @@ def _adapted(bind):
             return bind(self, ctx, *args, **kwargs)
         graph = Graph(self)
         run = _here
-        if ctx.device_type != "gpu" and _meets_others(graph):
+        if ctx.device_type != "gpu" and _has_all_reduces(graph):
             random_state.begin()
             run = functools.partial(device_threads.run_on, ctx)
         symbol = graph.symbol() if _compute_once(graph) else self

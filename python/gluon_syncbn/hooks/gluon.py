@@ -1,12 +1,12 @@
 """This package's part in Gluon's own work, below the call of a network.
 
 Gluon initializes deferred parameters and traces hybridized blocks when they are first called, and
-neither is safe in several threads.  What a device's thread needs of that is done in the thread
-that called ModelDataParallel, as on one device: in the same order, from the same random state.
+neither is safe in several threads.  When a device's thread needs it, the thread that called
+ModelDataParallel does it, as on one device: in the same order, from the same random state.
 
 Before a traced graph runs, the pass is announced to its all-reduces.  After a graph with
 ``static_shape`` has run, the engine is told that it wrote statistics: MXNet does not tell it, so
-whoever reads or saves them could come before they are written.
+they could be read or saved before they are written.
 """
 
 import copy
@@ -27,7 +27,7 @@ _traces: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # HybridBlock 
 
 
 class _Trace:
-    """What a block's traced graph needs around each run.
+    """The work around each run of a block's traced graph.
 
     Parameters
     ----------

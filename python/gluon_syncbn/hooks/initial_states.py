@@ -1,8 +1,8 @@
 """Initial values of a symbol's moving statistics, marked as those of MXNet's BatchNorm are.
 
 MXNet's operators mark the variables of their auxiliary states (``__init__``) when they are
-composed; Module's initializer then need not guess by their names.  An operator from outside cannot
-register for that (``FSetInputVarAttrOnCompose`` is a function that may not cross, see
+composed, so Module's initializer need not guess by their names.  An operator from outside cannot
+register for that (``FSetInputVarAttrOnCompose`` is a function that may not cross the ABI, see
 docs/architecture.md), so the functions that compose ours do it.
 """
 

@@ -1,7 +1,7 @@
 """Our operators on the lists of MXNet's automatic mixed precision, ``mxnet.contrib.amp``.
 
-``amp.init`` wraps operators by these lists; ``amp.convert_symbol`` and what is built on it adds
-casts to a graph by them.  In float16 a layer is left alone: its data are float16 or float32, its
+``amp.init`` wraps operators according to these lists; ``amp.convert_symbol`` adds casts to a graph
+according to them.  In float16 a layer is left alone: its data are float16 or float32, its
 parameters float32, its sums float64.  There are no kernels for bfloat16, so there the data of a
 layer are cast to float32, as MXNet does for its own SyncBatchNorm.  What comes after
 ``_syncbn_moments`` is then float32 and must not be cast: MXNet's MKL-DNN fails to pass float64
