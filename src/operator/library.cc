@@ -1,8 +1,6 @@
 // The C functions that Python calls: registration with MXNet, the exchange, passes.
 //
 // Every function that can fail returns 0, or -1 and leaves the reason in GluonSyncBNLastError.
-#include <cmath>
-#include <cstdlib>
 #include <exception>
 #include <memory>
 #include <string>
@@ -26,21 +24,6 @@ void RegisterLegacyOpProp();
 }  // namespace mxnet
 
 namespace gluon_syncbn {
-
-namespace {
-
-double FirstTimeout() {
-  const char* value = std::getenv("GLUON_SYNCBN_TIMEOUT");
-  const double seconds = value == nullptr ? 0.0 : std::atof(value);
-  return seconds > 0 ? seconds : 120.0;  // Python has rejected anything but positive numbers
-}
-
-}  // namespace
-
-std::shared_ptr<KeyBarrier> ProcessBarrier() {
-  static const auto barrier = std::make_shared<KeyBarrier>(FirstTimeout());
-  return barrier;
-}
 
 namespace {
 

@@ -1,0 +1,23 @@
+#include "exchange/process_barrier.h"
+
+#include <cstdlib>
+#include <memory>
+
+namespace gluon_syncbn {
+
+namespace {
+
+double FirstTimeout() {
+  const char* value = std::getenv("GLUON_SYNCBN_TIMEOUT");
+  const double seconds = value == nullptr ? 0.0 : std::atof(value);
+  return seconds > 0 ? seconds : 120.0;  // Python has rejected anything but positive numbers
+}
+
+}  // namespace
+
+std::shared_ptr<KeyBarrier> ProcessBarrier() {
+  static const auto barrier = std::make_shared<KeyBarrier>(FirstTimeout());
+  return barrier;
+}
+
+}  // namespace gluon_syncbn
