@@ -32,10 +32,10 @@ class Layer:
 
     def synchronized(self, x, axis, num_devices, key):
         op = mx.nd._internal
-        data, local, context = op._syncbn_moments(x, axis=axis)
-        total = op._syncbn_sum(local, self.mean, key=key, num_devices=num_devices)
+        data, moments, backward_context = op._syncbn_moments(x, axis=axis)
+        total = op._syncbn_sum(moments, self.mean, key=key, num_devices=num_devices)
         return op._syncbn_normalize(
-            data, total, context, self.gamma, self.beta, self.mean, self.var, axis=axis
+            data, total, backward_context, self.gamma, self.beta, self.mean, self.var, axis=axis
         )
 
     def local(self, x, axis):
@@ -161,10 +161,10 @@ def test_plain_backward_on_two_gpus():
             y = x
             for i in range(6):
                 gamma, beta, mean, var = parameters((1, 0, 0, 1), context)
-                data, local, context = mx.nd._internal._syncbn_moments(y)
-                total = mx.nd._internal._syncbn_sum(local, mean, key=f"deep{i}", num_devices=2)
+                data, moments, backward_context = mx.nd._internal._syncbn_moments(y)
+                total = mx.nd._internal._syncbn_sum(moments, mean, key=f"deep{i}", num_devices=2)
                 y = mx.nd._internal._syncbn_normalize(
-                    data, total, context, gamma, beta, mean, var, eps=1e-5
+                    data, total, backward_context, gamma, beta, mean, var, eps=1e-5
                 )
             ys.append(y)
     autograd.backward(ys, [mx.nd.array(h, ctx=c) for h, c in zip(heads, contexts)])
