@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 
 import mxnet as mx
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
+import fresh_process
 import gluon_syncbn
 from gluon_syncbn import (
     DataParallelCriterion,
@@ -299,26 +298,13 @@ def test_deadlines_that_are_none(seconds):
     assert gluon_syncbn.get_timeout() == 30
 
 
-def run(script, **environment):
-    environment = {**os.environ, **environment}
-    return subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120
-    )
-
-
 def test_deadline_from_the_environment():
-    done = run("import gluon_syncbn; print(gluon_syncbn.get_timeout())", GLUON_SYNCBN_TIMEOUT="7.5")
-    assert done.stdout.strip() == "7.5", done.stderr
-    environment = {k: v for k, v in os.environ.items() if k != "GLUON_SYNCBN_TIMEOUT"}
-    done = subprocess.run(
-        [sys.executable, "-c", "import gluon_syncbn; print(gluon_syncbn.get_timeout())"],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.stdout.strip() == "120.0", done.stderr
+    script = "import gluon_syncbn; print(gluon_syncbn.get_timeout())"
+    for seconds, wanted in (("7.5", "7.5"), (None, "120.0")):
+        done = fresh_process.run(script, GLUON_SYNCBN_TIMEOUT=seconds)
+        assert done.stdout.strip() == wanted
     for seconds in ("soon", "1e-10"):
-        done = run("import gluon_syncbn", GLUON_SYNCBN_TIMEOUT=seconds)
+        done = fresh_process.run(script, status=1, GLUON_SYNCBN_TIMEOUT=seconds)
         assert "GLUON_SYNCBN_TIMEOUT must be a number of seconds from 0.001" in done.stderr
 
 
@@ -344,8 +330,7 @@ with autograd.record():
 y.backward()
 print(y.asnumpy().round(2).tolist())
 """
-    done = run(script, MXNET_ENGINE_TYPE="NaiveEngine")
-    assert done.returncode == 0, done.stderr
+    done = fresh_process.run(script, MXNET_ENGINE_TYPE="NaiveEngine")
     assert done.stdout.count("unset MXNET_ENGINE_TYPE") == 2
     assert "[[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]]" in done.stdout
 
@@ -356,8 +341,8 @@ import mxnet as mx, gluon_syncbn
 y = mx.nd.contrib.KeyBarrierSum(mx.nd.ones(2), key="k", num_devices=2)
 raise SystemExit(3)
 """
-    done = run(script, GLUON_SYNCBN_TIMEOUT="100000")
-    assert done.returncode == 3 and done.stderr == "", done.stderr
+    done = fresh_process.run(script, status=3, GLUON_SYNCBN_TIMEOUT="100000")
+    assert done.stderr == ""
 
 
 def test_missing_library(tmp_path):
@@ -365,10 +350,11 @@ def test_missing_library(tmp_path):
     shutil.copytree(
         package, tmp_path / "gluon_syncbn", ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
-    done = run(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import gluon_syncbn")
+    script = "import sys; sys.path.insert(0, sys.argv[1]); import gluon_syncbn"
+    done = fresh_process.run(script, tmp_path, status=1)
     assert "ImportError" in done.stderr and '"make build"' in done.stderr
     (tmp_path / "gluon_syncbn" / "libgluon_syncbn.so").write_bytes(b"no library")
-    done = run(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import gluon_syncbn")
+    done = fresh_process.run(script, tmp_path, status=1)
     assert "does not load" in done.stderr and '"make build"' in done.stderr
 
 
@@ -409,7 +395,6 @@ def test_supported_versions():
     ],
 )
 def test_the_checks_run_at_import(change, message):
-    done = run(f"{change}\nimport gluon_syncbn")
-    assert done.returncode != 0
+    done = fresh_process.run(f"{change}\nimport gluon_syncbn", status=1)
     assert done.stderr.strip().splitlines()[-1].startswith("ImportError"), done.stderr
     assert message in done.stderr

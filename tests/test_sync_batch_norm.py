@@ -3,9 +3,6 @@
 import copy
 import inspect
 import json
-import os
-import subprocess
-import sys
 import textwrap
 
 import mxnet as mx
@@ -14,6 +11,7 @@ import pytest
 from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
+import fresh_process
 import gluon_syncbn
 from gluon_syncbn import ModelDataParallel, SyncBatchNorm, parallel_backward
 from networks import STATIC, Shared, convolutional, data_for, train
@@ -268,10 +266,7 @@ def test_export_and_import(tmp_path, rng):
         np.save("trained.npy", mx.nd.concat(*[o.as_in_context(mx.cpu(0)) for o in outs], dim=0)
                 .asnumpy())
     """
-    environment = {**os.environ, "GLUON_SYNCBN_TIMEOUT": "20"}
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], check=True, cwd=tmp_path, env=environment
-    )
+    fresh_process.run(textwrap.dedent(script), cwd=tmp_path, GLUON_SYNCBN_TIMEOUT="20")
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), want, rtol=1e-5, atol=1e-6)
     with autograd.train_mode():
         want = net(x).asnumpy()
@@ -292,10 +287,8 @@ def test_exported_file_says_what_it_needs(tmp_path):
         "_syncbn_normalize",
     }
     script = "import mxnet as mx; mx.sym.load('net-symbol.json')"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode != 0 and "_syncbn_moments" in done.stderr
+    done = fresh_process.run(script, cwd=tmp_path, status=1)
+    assert "_syncbn_moments" in done.stderr
 
 
 def test_uses_of_a_layer_in_a_graph_are_told_apart():

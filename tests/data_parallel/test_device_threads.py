@@ -1,7 +1,5 @@
 """A thread for each device: interrupted, forked, and asked for from within."""
 
-import subprocess
-import sys
 import threading
 import time
 
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 from mxnet import autograd
 
+import fresh_process
 from gluon_syncbn import ModelDataParallel, SyncBatchNorm
 from gluon_syncbn.data_parallel import device_threads
 from networks import split
@@ -83,8 +82,7 @@ go.set()
 step()
 raise SystemExit(status != 0)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=200)
-    assert done.returncode == 0, done.stderr.decode()
+    fresh_process.run(script, timeout=200)
 
 
 def test_run_on_gives_and_raises_what_the_function_does(two):

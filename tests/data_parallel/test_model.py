@@ -2,8 +2,6 @@
 
 import gc
 import resource
-import subprocess
-import sys
 import threading
 import time
 
@@ -13,6 +11,7 @@ import pytest
 from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
+import fresh_process
 import gluon_syncbn
 from gluon_syncbn import (
     DataParallelCriterion,
@@ -443,12 +442,7 @@ with mx.autograd.record():
     outs = model([mx.nd.ones(40, ctx=c) for c in contexts])
 print([o.asnumpy().tolist() for o in outs])
 """
-    printed = [
-        subprocess.run(
-            [sys.executable, "-c", script, seed], capture_output=True, text=True, check=True
-        ).stdout
-        for seed in ("1", "1", "2")
-    ]
+    printed = [fresh_process.run(script, seed).stdout for seed in (1, 1, 2)]
     assert printed[0] == printed[1] != printed[2]
 
 
@@ -529,10 +523,7 @@ with mx.autograd.train_mode():
         net.slow = False
         print([round(float(o.asscalar()), 1) for o in model(xs)])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100
-    )
-    assert done.stdout.strip() == "[-1.0, 1.0]", done.stderr
+    assert fresh_process.run(script).stdout.strip() == "[-1.0, 1.0]"
 
 
 def test_calling_a_model_from_within_a_network_is_refused(two):

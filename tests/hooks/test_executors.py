@@ -2,8 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
+import pathlib
 import threading
 
 import mxnet as mx
@@ -12,6 +11,7 @@ import pytest
 from mxnet import autograd
 from mxnet.executor import Executor
 
+import fresh_process
 import gluon_syncbn
 from gluon_syncbn import SyncBatchNorm, convert_symbol
 from gluon_syncbn.hooks.executors import MIRROR_VARIABLE
@@ -122,16 +122,10 @@ def run_mirrored():
 
 def test_mirroring_in_a_fresh_process():
     """As it is used: the variable is there before MXNet is."""
-    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    ran = subprocess.run(
-        [sys.executable, "-c", "import test_executors; test_executors.run_mirrored()"],
-        env={**os.environ, MIRROR_VARIABLE: "1", "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=120,
-    )
-    assert ran.returncode == 0
-    got = {k: np.array(v) for k, v in json.loads(ran.stdout.splitlines()[-1]).items()}
+    script = "import sys; sys.path.append(sys.argv[1]); import test_executors as tests"
+    here = pathlib.Path(__file__).parent
+    done = fresh_process.run(f"{script}; tests.run_mirrored()", here, **{MIRROR_VARIABLE: "1"})
+    got = {k: np.array(v) for k, v in json.loads(done.stdout.splitlines()[-1]).items()}
     assert_same(got, fit(written(2), 2, epochs=1))
 
 

@@ -7,9 +7,6 @@ is made to run in the low precision.
 
 import collections
 import json
-import os
-import subprocess
-import sys
 
 import mxnet as mx
 import numpy as np
@@ -18,6 +15,7 @@ from mxnet import gluon
 from mxnet.contrib import amp
 from mxnet.contrib.amp import lists
 
+import fresh_process
 import gluon_syncbn
 from gluon_syncbn.library import OPERATORS
 
@@ -234,15 +232,9 @@ print(json.dumps(data))
 
 
 def run(when, dtype="none"):
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, when, dtype],
-        capture_output=True,
-        check=False,
-        text=True,
-        timeout=300,
-        env={**os.environ, "GLUON_SYNCBN_TIMEOUT": "20", "OMP_NUM_THREADS": "1"},
+    done = fresh_process.run(
+        SCRIPT, when, dtype, timeout=300, GLUON_SYNCBN_TIMEOUT="20", OMP_NUM_THREADS="1"
     )
-    assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -1,9 +1,6 @@
 """The example that converts, trains and exports a network of the model zoo."""
 
-import os
 import re
-import subprocess
-import sys
 
 import mxnet as mx
 import numpy as np
@@ -11,15 +8,14 @@ import pytest
 from mxnet.gluon import nn
 from mxnet.gluon.model_zoo import vision
 
+import fresh_process
 from paths import ROOT
 
-EXAMPLES = str(ROOT / "examples")
+EXAMPLES = ROOT / "examples"
 
 
 def run_example(*arguments):
-    command = [sys.executable, os.path.join(EXAMPLES, "finetune.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = fresh_process.run(EXAMPLES / "finetune.py", *arguments, timeout=300)
     assert "Warning" not in done.stderr, done.stderr
     return done.stdout
 

@@ -6,8 +6,8 @@ import shlex
 import subprocess
 
 import pytest
-from test_build import configure, needs_cmake
 
+from cmake_build import configure, needs_cmake
 from paths import OPERATOR, PACKAGE
 
 # A folder of the package -> the folders that it may import from, besides itself.  "" is the top.

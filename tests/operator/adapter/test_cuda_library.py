@@ -6,11 +6,11 @@ import pathlib
 import shutil
 import struct
 import subprocess
-import sys
 
 import mxnet as mx
 import pytest
 
+import fresh_process
 import gluon_syncbn
 import gpu_kernels as checks
 from gluon_syncbn import library
@@ -20,16 +20,6 @@ CUDA = pathlib.Path(library.PATH).with_name("libgluon_syncbn_cuda.so")
 needs_cuda_build = pytest.mark.skipif(
     not CUDA.exists(), reason="this build has no CUDA side: no nvcc was found"
 )
-
-
-def run(script, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **environment},
-    )
 
 
 @pytest.mark.skipif("GLUON_SYNCBN_TEST_CU112" not in os.environ, reason="`make cu112` sets it")
@@ -101,8 +91,7 @@ maps = open("/proc/self/maps").read()
 assert "libgluon_syncbn.so" in maps
 assert "libgluon_syncbn_cuda" not in maps
 """
-    done = run(script)
-    assert done.returncode == 0, done.stderr
+    fresh_process.run(script)
 
 
 @needs_cuda_build
@@ -132,8 +121,8 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    done = run(script, PYTHONPATH=str(tmp_path))
-    assert "has no GPU side here, so it takes CPU contexts only" in done.stdout, done.stderr
+    done = fresh_process.run(script, PYTHONPATH=str(tmp_path))
+    assert "has no GPU side here, so it takes CPU contexts only" in done.stdout
     assert "install the toolkit, then build again" in done.stdout
 
 

@@ -6,14 +6,15 @@ a process of its own.
 
 import ctypes
 import os
+import pathlib
 import subprocess
-import sys
 
 import mxnet as mx
 from mxnet import autograd
 from mxnet.base import _LIB, NDArrayHandle, check_call
 from mxnet.gluon import nn
 
+import fresh_process
 from gluon_syncbn import SyncBatchNorm
 from paths import OPERATOR
 
@@ -81,12 +82,7 @@ def test_backward_in_place_beside_mkl_dnn():
 
 
 def test_both_ways_in_place_without_mkl_dnn():
-    environment = {
-        **os.environ,
-        "MXNET_MKLDNN_ENABLED": "0",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    subprocess.run([sys.executable, __file__], check=True, env=environment)
+    fresh_process.run(pathlib.Path(__file__), MXNET_MKLDNN_ENABLED="0")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """KeyBarrierSum as users call it, imperatively and in a graph."""
 
-import os
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import mxnet as mx
 import numpy as np
 import pytest
 from mxnet import autograd, gluon
 
+import fresh_process
 import gluon_syncbn
 from gluon_syncbn import ModelDataParallel
 from held import held
@@ -231,19 +230,18 @@ for i in range(800):
 
 def test_graphs_that_are_freed_as_soon_as_their_result_is_there():
     """More processes than cores, so that a thread is held up anywhere; freed memory is cleared."""
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "MALLOC_PERTURB_": "255", "MXNET_CPU_WORKER_NTHREADS": workers},
-        )
-        for script in (SUMS_FREED_AT_ONCE, NOTHING_TO_SUM_FREED_AT_ONCE)
-        for workers in ("1", "2")
-    ]
-    for run in runs:
-        _, printed = run.communicate(timeout=120)
-        assert run.returncode == 0, printed
+
+    def run(script, workers):
+        fresh_process.run(script, MALLOC_PERTURB_="255", MXNET_CPU_WORKER_NTHREADS=workers)
+
+    with ThreadPoolExecutor(4) as pool:
+        runs = [
+            pool.submit(run, script, workers)
+            for script in (SUMS_FREED_AT_ONCE, NOTHING_TO_SUM_FREED_AT_ONCE)
+            for workers in ("1", "2")
+        ]
+    for done in runs:
+        done.result()
 
 
 def test_a_process_that_ends_in_the_middle():
@@ -260,7 +258,7 @@ for x in large:
 for x in xs:
     mx.nd.contrib.KeyBarrierSum(x, key="k", num_devices=2)
 """
-    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
+    fresh_process.run(script, timeout=60)
 
 
 class Twice(gluon.HybridBlock):
