@@ -1,7 +1,6 @@
 """Export for machines without the package: plain, folded, loaded where nobody knows of us, ONNX."""
 
 import contextlib
-import json
 from unittest import mock
 
 import mxnet as mx
@@ -12,6 +11,7 @@ from mxnet.contrib import amp
 from mxnet.gluon import nn
 
 import fresh_process
+from exported_networks import assert_close, operators, randomize, ready, sequence
 from gluon_syncbn import (
     ConversionError,
     ModelDataParallel,
@@ -19,9 +19,6 @@ from gluon_syncbn import (
     export_for_inference,
     parallel_backward,
 )
-from gluon_syncbn.conversion.folding import fold as fold_graph
-from gluon_syncbn.conversion.graph import Graph
-from gluon_syncbn.conversion.rewriting import make_plain
 from networks import STATIC, Branches, Shared, convolutional
 
 # Runs where gluon_syncbn cannot be imported: arguments are prefix, input, output, how.
@@ -51,31 +48,6 @@ def elsewhere(prefix, x, tmp_path, how, script=ELSEWHERE):
     mx.nd.save(source, [x])
     fresh_process.run(script, prefix, source, target, how)
     return mx.nd.load(target)[0].asnumpy()
-
-
-def randomize(net, rng):
-    """Parameters as after some training; gamma stays as it is where it counts as 1."""
-    for name, parameter in net.collect_params().items():
-        if name.endswith(("gamma", "beta", "_mean", "_var")):
-            parameter.set_data(mx.nd.array(rng.rand(*parameter.shape) + 0.5))
-
-
-def ready(net, x, rng, **options):
-    net.initialize(mx.init.Xavier())
-    net.hybridize(**options)
-    net(x)
-    randomize(net, rng)
-    return net(x).asnumpy()
-
-
-def operators(path):
-    with open(path, encoding="utf-8") as file:
-        return [node["op"] for node in json.load(file)["nodes"] if node["op"] != "null"]
-
-
-def assert_close(got, wanted):
-    assert np.abs(wanted).max() > 1e-2
-    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
 def of_any_kind():
@@ -130,114 +102,6 @@ def test_trained_networks(make, options, tmp_path, rng):
         np.testing.assert_array_equal(parameter.data(contexts[0]).asnumpy(), before[name])
 
 
-def sequence(*layers):
-    net = nn.HybridSequential()
-    net.add(*layers)
-    return net
-
-
-class Twice(gluon.HybridBlock):
-    """A convolution whose output is read in front of the normalization, too."""
-
-    def __init__(self):
-        super().__init__()
-        with self.name_scope():
-            self.layer, self.norm = nn.Conv2D(4, 1), SyncBatchNorm()
-
-    def hybrid_forward(self, F, x):
-        x = self.layer(x)
-        return self.norm(x) + x
-
-
-class SharedWeight(gluon.HybridBlock):
-    """Two dense layers with one weight, of which one is normalized."""
-
-    def __init__(self):
-        super().__init__()
-        with self.name_scope():
-            self.one = nn.Dense(4, use_bias=False, in_units=4)
-            self.two = nn.Dense(4, use_bias=False, params=self.one.params)
-            self.norm = SyncBatchNorm()
-
-    def hybrid_forward(self, F, x):
-        return self.norm(self.one(x)) + self.two(x)
-
-
-IMAGE, ROW, SERIES = (2, 4, 6, 6), (3, 4), (2, 5, 4)
-
-
-@pytest.mark.parametrize(
-    "make, shape, left",
-    [
-        (lambda: sequence(nn.Conv2D(6, 3), SyncBatchNorm(epsilon=0.5)), IMAGE, 0),
-        (lambda: sequence(nn.Conv2D(6, 3, use_bias=False), SyncBatchNorm(scale=False)), IMAGE, 0),
-        (lambda: sequence(nn.Conv2D(8, 3, groups=4), SyncBatchNorm()), IMAGE, 0),
-        (lambda: sequence(nn.Conv1D(6, 3), SyncBatchNorm()), SERIES, 0),
-        (lambda: sequence(nn.Conv2DTranspose(6, 3), SyncBatchNorm()), IMAGE, 0),
-        (
-            lambda: sequence(
-                nn.Conv2DTranspose(6, 3, groups=2, use_bias=False, in_channels=4), SyncBatchNorm()
-            ),
-            IMAGE,
-            0,
-        ),
-        (lambda: sequence(nn.Dense(6), SyncBatchNorm()), IMAGE, 0),
-        (lambda: sequence(nn.Dense(6, use_bias=False), SyncBatchNorm(axis=-1)), ROW, 0),
-        (lambda: sequence(nn.Dense(6, flatten=False), SyncBatchNorm(axis=-1)), SERIES, 0),
-        # axis 1 is not where the dense layer's channels are
-        (lambda: sequence(nn.Dense(6, flatten=False), SyncBatchNorm(axis=1)), SERIES, 1),
-        (lambda: sequence(nn.Conv2D(6, 3), SyncBatchNorm(axis=2)), IMAGE, 1),
-        (lambda: sequence(nn.Conv2D(6, 3), nn.Activation("relu"), SyncBatchNorm()), IMAGE, 1),
-        (lambda: sequence(nn.Conv2D(6, 3), SyncBatchNorm(), SyncBatchNorm()), IMAGE, 1),
-        (lambda: sequence(SyncBatchNorm(), nn.Conv2D(6, 3)), IMAGE, 1),
-        (Twice, IMAGE, 1),
-        (SharedWeight, ROW, 1),
-    ],
-)
-def test_folding(make, shape, left, tmp_path, rng):
-    x = mx.nd.array(rng.randn(*shape))
-    net = make()
-    wanted = ready(net, x, rng)
-    for parameter in net.collect_params(".*bias").values():
-        parameter.set_data(mx.nd.array(rng.randn(*parameter.shape)))
-    wanted = net(x).asnumpy()
-    files = export_for_inference(net, str(tmp_path / "net"), fold=True)
-    assert operators(files[0]).count("BatchNorm") == left
-    loaded = gluon.SymbolBlock.imports(files[0], ["data"], files[1])
-    assert_close(loaded(x).asnumpy(), wanted)
-    # Nothing is left of the layers that were folded, and outputs are called what they were.
-    assert sum("gamma" in name for name in mx.nd.load(files[1])) == left
-    outputs = mx.sym.load(files[0]).list_outputs()
-    assert outputs == net._cached_graph[1].list_outputs()
-
-
-def test_folding_into_a_deconvolution_that_says_nothing_of_a_bias(tmp_path, rng):
-    """MXNet's Deconvolution has none by default, its Convolution has one; Gluon always says."""
-    data = mx.sym.var("data")
-    up = mx.sym.Deconvolution(data, name="up", num_filter=4, kernel=(3, 3))
-    assert up.list_arguments() == ["data", "up_weight"]
-    net = gluon.SymbolBlock(mx.sym.BatchNorm(up, name="norm", fix_gamma=False), data)
-    x = mx.nd.array(rng.randn(2, 3, 6, 6))
-    net.initialize(mx.init.Uniform())
-    net(x)
-    randomize(net, rng)
-    wanted = net(x).asnumpy()
-    files = export_for_inference(net, str(tmp_path / "net"), fold=True)
-    assert operators(files[0]) == ["Deconvolution"]
-    assert_close(gluon.SymbolBlock.imports(files[0], ["data"], files[1])(x).asnumpy(), wanted)
-
-
-def test_channels_last_convolutions_are_left_alone(rng):
-    """Their weights lie otherwise, and the CPU cannot run them, so nothing could be checked."""
-    x = mx.sym.Convolution(
-        mx.sym.var("data"), name="conv", num_filter=2, kernel=(1, 1), layout="NHWC"
-    )
-    graph = Graph(mx.sym.BatchNorm(x, name="norm"))
-    names = graph.symbol().list_arguments() + graph.symbol().list_auxiliary_states()
-    make_plain(graph)
-    assert fold_graph(graph, {name: mx.nd.ones(2) for name in names}) == 0
-
-
 def test_export_and_back_with_the_package(tmp_path, rng):
     """net.export itself: SymbolBlock and Module load it after import gluon_syncbn."""
     x = mx.nd.array(rng.randn(4, 3, 8, 8))
@@ -264,27 +128,6 @@ def test_float16(fold, tmp_path, rng):
     assert got.dtype == np.float16
     # A last bit of float16 is 1e-3 of the value.
     np.testing.assert_allclose(got.asnumpy(), wanted, rtol=2e-3, atol=2e-3)
-
-
-def test_folding_in_float16(tmp_path, rng):
-    """What is written, since MXNet cannot run it here."""
-    net = sequence(nn.Dense(4, in_units=3, use_bias=False), SyncBatchNorm(in_channels=4))
-    net.cast("float16")
-    net.initialize()
-    randomize(net, rng)
-    data = mx.sym.var("data", dtype="float16")
-    block = gluon.SymbolBlock(net(data), data, params=net.collect_params())
-    files = export_for_inference(block, str(tmp_path / "dense"), fold=True)
-    weight, bias = mx.nd.load(files[1]).values()
-    assert weight.dtype == bias.dtype == np.float16
-    norm, dense = net[1], net[0].weight.data().asnumpy().astype("float64")
-    gamma, beta, mean, var = (
-        p.data().asnumpy().astype("float64")
-        for p in (norm.gamma, norm.beta, norm.running_mean, norm.running_var)
-    )
-    k = gamma / np.sqrt(var + 1e-5)
-    np.testing.assert_allclose(weight.asnumpy(), k[:, None] * dense, rtol=1e-3)
-    np.testing.assert_allclose(bias.asnumpy(), beta - k * mean, rtol=1e-3, atol=1e-3)
 
 
 def types_fit(files):

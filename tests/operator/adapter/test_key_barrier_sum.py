@@ -5,13 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 import mxnet as mx
 import numpy as np
 import pytest
-from mxnet import autograd, gluon
+from mxnet import autograd
 
 import fresh_process
 import gluon_syncbn
-from gluon_syncbn import ModelDataParallel
 from held import held
-from networks import STATIC
 
 CONTEXTS = [mx.cpu(i) for i in range(4)]
 
@@ -259,31 +257,3 @@ for x in xs:
     mx.nd.contrib.KeyBarrierSum(x, key="k", num_devices=2)
 """
     fresh_process.run(script, timeout=60)
-
-
-class Twice(gluon.HybridBlock):
-    """One key in two places that do not depend on each other."""
-
-    def hybrid_forward(self, F, x, z):
-        return [F.contrib.KeyBarrierSum(a, key="twice", num_devices=2) for a in (x, z)]
-
-
-@pytest.mark.parametrize("flags", [{}, {"static_alloc": True}, STATIC])
-def test_one_key_twice_in_a_traced_network(flags):
-    """Device 0 has x late and device 1 has z late, in every pass."""
-
-    def late(value, context):
-        square = mx.nd.ones((700, 700), context) / 700
-        for _ in range(4):
-            square = mx.nd.dot(square, square)
-        return square[0, :4] * 700 * value
-
-    net = Twice()
-    net.hybridize(**flags)
-    model = ModelDataParallel(net, CONTEXTS[:2])
-    for _ in range(3):
-        xs = [late(1, CONTEXTS[0]), mx.nd.ones(4, CONTEXTS[1])]
-        zs = [mx.nd.ones(4, CONTEXTS[0]) * 10, late(10, CONTEXTS[1])]
-        for x, z in model(xs, zs):
-            np.testing.assert_allclose(x.asnumpy(), 2, rtol=1e-4)
-            np.testing.assert_allclose(z.asnumpy(), 20, rtol=1e-4)
