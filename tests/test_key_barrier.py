@@ -1,9 +1,38 @@
 """The deadline of all-reduces, and the end of the process."""
 
+import numpy as np
 import pytest
 
 import fresh_process
 import gluon_syncbn
+from gluon_syncbn.key_barrier import BARRIER, KeyBarrier
+from gluon_syncbn.library import LIBRARY
+
+
+@pytest.fixture
+def barrier():
+    handle = LIBRARY.BarrierCreate(10.0)
+    yield KeyBarrier(handle)
+    LIBRARY.BarrierFree(handle)
+
+
+def test_a_barrier_has_a_deadline_failures_and_passes_of_its_own(barrier):
+    before = gluon_syncbn.get_timeout(), BARRIER.failures
+    assert barrier.timeout == 10
+    barrier.timeout = 2
+    first, second = barrier.new_pass(), barrier.new_pass()
+    assert barrier.timeout == 2 and first != second
+    assert barrier.failures == barrier.failures_of([]) == barrier.failures_of(["ключ"]) == 0
+    barrier.abort([], "nothing to abort")
+    barrier.abort([first, second], "both")
+    barrier.close("the end")
+    assert before == (gluon_syncbn.get_timeout(), BARRIER.failures)
+
+
+@pytest.mark.parametrize("seconds", [0.001, 1e8, 5, np.float32(2)])
+def test_deadlines(seconds):
+    gluon_syncbn.set_timeout(seconds)
+    assert gluon_syncbn.get_timeout() == pytest.approx(float(seconds))
 
 
 @pytest.mark.parametrize("seconds", [0, -1, 1e-10, "soon", None, float("nan"), float("inf")])
