@@ -3,9 +3,7 @@
 import pytest
 
 import fresh_process
-from gluon_syncbn import (
-    compatibility,
-)
+from gluon_syncbn import compatibility
 
 
 @pytest.mark.parametrize("version", [(3, 7, 9), (3, 12, 1), (2, 7, 18)])

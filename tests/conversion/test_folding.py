@@ -7,10 +7,7 @@ from mxnet import gluon
 from mxnet.gluon import nn
 
 from exported_networks import assert_close, operators, randomize, ready, sequence
-from gluon_syncbn import (
-    SyncBatchNorm,
-    export_for_inference,
-)
+from gluon_syncbn import SyncBatchNorm, export_for_inference
 from gluon_syncbn.conversion.folding import fold as fold_graph
 from gluon_syncbn.conversion.graph import Graph
 from gluon_syncbn.conversion.rewriting import make_plain

@@ -7,15 +7,8 @@ import numpy as np
 import pytest
 from mxnet import autograd
 
-from gluon_syncbn import (
-    ModelDataParallel,
-    SyncBatchNorm,
-    parallel_backward,
-)
-from networks import (
-    ones,
-    split,
-)
+from gluon_syncbn import ModelDataParallel, SyncBatchNorm, parallel_backward
+from networks import ones, split
 
 
 def test_backward_takes_head_gradients_and_nested_losses(two):

@@ -1,5 +1,6 @@
 """Callables that run a network, in the place of a Block."""
 
+import copy
 import functools
 
 import mxnet as mx
@@ -7,16 +8,10 @@ import numpy as np
 import pytest
 from mxnet import autograd
 
-from gluon_syncbn import (
-    ModelDataParallel,
-    SyncBatchNorm,
-    parallel_backward,
-)
-from networks import (
-    EvalModel,
-    SegmentationNet,
-    split,
-)
+from gluon_syncbn import ModelDataParallel, SyncBatchNorm, parallel_backward
+from gluon_syncbn.data_parallel.callable_block import CallableBlock, as_block
+from gluon_syncbn.mxnet_private import children
+from networks import EvalModel, SegmentationNet, split
 
 
 def bound(net):
@@ -91,3 +86,49 @@ def test_a_callable_whose_network_is_not_found(two):
     hidden.net = SyncBatchNorm(prefix="hidden_")
     with pytest.raises(TypeError, match="Hidden has the parameter hidden_gamma.* as an attribute"):
         ModelDataParallel(hidden, two)
+
+
+def test_a_block_stays_as_it_is():
+    net = SyncBatchNorm()
+    assert as_block(net) is net
+
+
+@pytest.mark.parametrize("bad", [None, 3, [SyncBatchNorm()], len])
+def test_what_is_no_network(bad):
+    kind = type(bad).__name__
+    with pytest.raises(TypeError, match=f"a callable with collect_params, but is {kind}"):
+        as_block(bad)
+
+
+def test_a_callable_that_refers_to_itself_and_to_nothing_yet():
+    """A cycle, a variable of a closure that has no value yet, and a class that has a layer."""
+    net = SyncBatchNorm(in_channels=2)
+
+    class Holds:
+        unused = SyncBatchNorm()
+
+    def run(x):
+        return later(net(x))
+
+    run.itself, run.kind, run.nets = [run], Holds, {"a": (net,)}
+    run.collect_params = net.collect_params
+    assert children(as_block(run)) == [net]
+
+    def later(x):
+        return x
+
+
+def test_a_callable_block_is_what_it_calls():
+    net = SyncBatchNorm(in_channels=2, prefix="inner_")
+    block = as_block(EvalModel(Evaluates({"nets": [net]})))
+    assert block.module.nets["nets"] == [net] and repr(block) == repr(block.function)
+    assert block.collect_params().keys() == net.collect_params().keys()
+    assert list(CallableBlock(closure(net)).collect_params(".*gamma")) == ["inner_gamma"]
+    with pytest.raises(AttributeError, match="nothing_here"):
+        _ = block.nothing_here
+    assert copy.copy(block).function is block.function
+
+
+def test_a_callable_without_parameters():
+    block = CallableBlock(lambda x, scale=1: x * scale)
+    assert block(3, scale=2) == 6 and list(block.collect_params()) == []

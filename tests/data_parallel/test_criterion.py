@@ -4,12 +4,8 @@ import mxnet as mx
 import numpy as np
 from mxnet import gluon
 
-from gluon_syncbn import (
-    DataParallelCriterion,
-)
-from networks import (
-    split,
-)
+from gluon_syncbn import DataParallelCriterion
+from networks import split
 
 
 def test_criterion_passes_a_tuple_of_outputs_as_arguments(two):

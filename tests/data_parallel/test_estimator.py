@@ -6,12 +6,7 @@ import pytest
 from mxnet import autograd, gluon
 from mxnet.gluon.contrib.estimator import CheckpointHandler, Estimator
 
-from gluon_syncbn import (
-    DataParallelCriterion,
-    ModelDataParallel,
-    SyncBatchNorm,
-    parallel_backward,
-)
+from gluon_syncbn import DataParallelCriterion, ModelDataParallel, SyncBatchNorm, parallel_backward
 from gluon_syncbn.estimator import DataParallelBatchProcessor
 from networks import STATIC, assert_same_training, convolutional, data_for, split
 

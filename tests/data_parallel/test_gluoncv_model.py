@@ -5,15 +5,8 @@ import numpy as np
 from mxnet import gluon
 from mxnet.gluon import nn
 
-from gluon_syncbn import (
-    DataParallelCriterion,
-    DataParallelModel,
-)
-from networks import (
-    EvalModel,
-    SegmentationNet,
-    split,
-)
+from gluon_syncbn import DataParallelCriterion, DataParallelModel
+from networks import EvalModel, SegmentationNet, split
 
 
 def test_without_contexts_gluoncvs_wrappers_just_call():

@@ -11,12 +11,7 @@ from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
 import gluon_syncbn
-from gluon_syncbn import (
-    DataParallelCriterion,
-    ModelDataParallel,
-    SyncBatchNorm,
-    parallel_backward,
-)
+from gluon_syncbn import DataParallelCriterion, ModelDataParallel, SyncBatchNorm, parallel_backward
 from networks import (
     STATIC,
     Branches,

@@ -6,18 +6,8 @@ import pytest
 from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
-from gluon_syncbn import (
-    DataParallelCriterion,
-    ModelDataParallel,
-    SyncBatchNorm,
-    parallel_backward,
-)
-from networks import (
-    STATIC,
-    convolutional,
-    ones,
-    split,
-)
+from gluon_syncbn import DataParallelCriterion, ModelDataParallel, SyncBatchNorm, parallel_backward
+from networks import STATIC, convolutional, ones, split
 
 
 def values(net, context):

@@ -7,13 +7,9 @@ from mxnet import autograd
 from mxnet.gluon import nn
 
 import fresh_process
-from gluon_syncbn import (
-    ModelDataParallel,
-)
-from networks import (
-    STATIC,
-    split,
-)
+from gluon_syncbn import ModelDataParallel
+from gluon_syncbn.data_parallel import device_threads, random_state
+from networks import STATIC, split
 
 
 def dropout_masks(two, model, steps=3):
@@ -74,3 +70,24 @@ def test_deferred_initial_weights_follow_the_callers_seed(two, rng):
         ModelDataParallel(net, two)(split(x, two))
         weights.append(net.weight.data(two[1]).asnumpy())
     np.testing.assert_array_equal(*weights)
+
+
+def test_is_device_thread(two):
+    assert not random_state.is_device_thread()
+    assert device_threads.run_on(two[1], random_state.is_device_thread)
+    assert not random_state.is_device_thread()
+
+
+def test_the_last_seed_counts_of_all_devices_or_of_one():
+    seeds = random_state._Seeds()
+    first, second = (1, 0), (1, 1)
+    assert seeds.unknown and seeds.of(first) == seeds.of(second)
+    seeds.set_all(3)
+    seeds.set_one(5, *second)
+    assert not seeds.unknown
+    assert (seeds.of(first).value, seeds.of(second).value) == (3, 5)
+    generation = seeds.of(second).generation
+    seeds.set_one(5, *second)  # the same number starts anew all the same
+    assert seeds.of(second).generation > generation
+    seeds.set_all(4)
+    assert seeds.of(first) == seeds.of(second) and seeds.of(first).value == 4

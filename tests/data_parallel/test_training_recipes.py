@@ -10,12 +10,7 @@ import pytest
 from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
-from gluon_syncbn import (
-    DataParallelCriterion,
-    ModelDataParallel,
-    SyncBatchNorm,
-    parallel_backward,
-)
+from gluon_syncbn import DataParallelCriterion, ModelDataParallel, SyncBatchNorm, parallel_backward
 from networks import STATIC, assert_same_training, convolutional, data_for, split
 
 OPTIMIZER = {"learning_rate": 0.05, "momentum": 0.9}

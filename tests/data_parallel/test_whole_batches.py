@@ -6,15 +6,9 @@ import pytest
 from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
-from gluon_syncbn import (
-    DataParallelModel,
-    ModelDataParallel,
-    parallel_backward,
-)
-from networks import (
-    ones,
-    split,
-)
+from gluon_syncbn import DataParallelModel, ModelDataParallel, parallel_backward
+from gluon_syncbn.data_parallel.whole_batches import cut, named_arguments, rows_of
+from networks import ones, split
 
 
 class Adds(gluon.Block):
@@ -76,3 +70,41 @@ def test_batches_that_are_part_of_a_graph(attached, model, two):
         outs = whole(batch.detach())
     parallel_backward(outs)
     whole(batch)  # not recorded
+
+
+def test_cut(rng):
+    contexts = [mx.cpu(i) for i in range(3)]
+    x = mx.nd.array(rng.randn(4, 2))
+    split_already = [mx.nd.ones((2, 2), ctx=c) for c in contexts]
+    args, kwargs = cut(contexts, (x, split_already, None), {"y": {"z": (x,)}, "n": 2, "l": [1]})
+    assert [len(part) for part in args[0]] == [2, 1, 1]
+    assert [part.context for part in args[0]] == contexts
+    assert args[1] is split_already and args[2] is None
+    assert [len(part["z"][0]) for part in kwargs["y"]] == [2, 1, 1]
+    assert kwargs["n"] == 2 and kwargs["l"] == [1] and list(kwargs) == ["y", "n", "l"]
+
+
+@pytest.mark.parametrize("rows, wanted", [(2, [1, 1]), (1, [1]), (0, [0])])
+def test_fewer_rows_than_devices(rows, wanted):
+    with mx.util.np_shape(True):
+        ((parts,), _) = cut([mx.cpu(i) for i in range(3)], (mx.nd.ones((rows, 2)),), {})
+        assert [len(part) for part in parts] == wanted
+
+
+def test_one_device_takes_arrays_of_different_lengths(two):
+    args, kwargs = cut(two[:1], (mx.nd.ones(1), mx.nd.ones(2)), {"y": mx.nd.ones(3)})
+    assert [len(value) for (value,) in (*args, kwargs["y"])] == [1, 2, 3]
+
+
+def test_no_arrays(two):
+    assert cut(two, (), {}) == ((), {})
+    assert cut(two, (1, [None]), {"x": {}}) == ((1, [None]), {"x": {}})
+
+
+def test_arguments_are_called_by_their_place_or_name():
+    assert named_arguments((1, 2), {"x": 3}) == [
+        ("argument 1", 1),
+        ("argument 2", 2),
+        ("argument 'x'", 3),
+    ]
+    assert rows_of([("a", mx.nd.ones((3, 1))), ("b", mx.nd.ones(3))]) == 3

@@ -6,9 +6,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 
-from gluon_syncbn import (
-    convert_symbol,
-)
+from gluon_syncbn import convert_symbol
 from gluon_syncbn.conversion.graph import Graph
 from gluon_syncbn.symbol import SyncBatchNorm
 

@@ -6,12 +6,8 @@ import pytest
 from mxnet import gluon
 
 import gluon_syncbn
-from gluon_syncbn import (
-    ModelDataParallel,
-)
-from networks import (
-    STATIC,
-)
+from gluon_syncbn import ModelDataParallel
+from networks import STATIC
 
 
 class Sums(gluon.HybridBlock):

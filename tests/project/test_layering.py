@@ -1,4 +1,4 @@
-"""Who may know whom: what docs/architecture.md says of the folders holds."""
+"""The folders: what may depend on what, as docs/architecture.md says, and where tests are."""
 
 import ast
 import json
@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from cmake_build import configure, needs_cmake
-from paths import OPERATOR, PACKAGE
+from paths import OPERATOR, PACKAGE, TESTS
 
 # A folder of the package -> the folders that it may import from, besides itself.  "" is the top.
 MAY_IMPORT = {
@@ -100,6 +100,24 @@ def test_importing_a_module_has_no_effects():
                 for decorator in getattr(node, "decorator_list", ()):
                     known = getattr(decorator, "attr", getattr(decorator, "id", None))
                     assert known == "contextmanager", f"{path}:{node.lineno}"
+
+
+# Modules without a file of tests, and why.
+UNTESTED = {
+    "version": "one number; project/test_versions.py compares it with the other places",
+    "startup": "importing the package runs it; without it, no test of the operators passes",
+    "estimator": "the public name of data_parallel/estimator.py",
+}
+
+
+def test_every_module_has_a_file_of_tests_with_its_name():
+    modules = {path.relative_to(PACKAGE) for path in MODULES if path.name != "__init__.py"}
+    without = {
+        str(module.with_suffix(""))
+        for module in modules
+        if not (TESTS / module.with_name(f"test_{module.name}")).exists()
+    }
+    assert without == UNTESTED.keys()
 
 
 @pytest.fixture(scope="module")
