@@ -1,4 +1,4 @@
-"""What all tests share: a short deadline, so that a hang is a failure, and networks and data."""
+"""Fixtures of all tests: a short deadline, so that a hang fails, devices, data and a model."""
 
 import mxnet as mx
 import numpy as np

@@ -58,7 +58,7 @@ def test_num_devices_that_contradicts_ctx_list(two):
 
 
 def test_channel_counts_that_differ_between_devices(model, two):
-    model([ones(c, (2, 3)) for c in two])  # else the device that comes first decides what is right
+    model([ones(c, (2, 3)) for c in two])  # infers the number of channels
     with pytest.raises((mx.MXNetError, ValueError), match=r"\(?3,?\)?.*4|4.*3"):
         with autograd.record():
             model([ones(two[0], (2, 3)), ones(two[1], (2, 4))])

@@ -1,4 +1,4 @@
-"""What the layer keeps of its batches: their average (momentum=None), or nothing at all."""
+"""Moving statistics as an average (momentum=None), and none (track_running_stats=False)."""
 
 import functools
 import json
@@ -93,7 +93,7 @@ def test_a_batch_counts_once_however_it_is_cut():
 
 @pytest.mark.parametrize("hybridize", HYBRIDIZE)
 def test_several_devices(hybridize):
-    """The first call's extra run is not counted; a device without input gets the others' number."""
+    """The extra run of a first call is not counted; idle devices get the others' number."""
     batches = data_for(4, [6, 5, 1, 4])
     make = functools.partial(convolutional, averaging)
     got = train(make, 2, batches, hybridize)
@@ -186,7 +186,7 @@ def test_export_and_import(num_devices, two, tmp_path, rng):
 
 
 def test_graphs_of_ordinary_layers_are_what_they_were(tmp_path):
-    """A file of today loads where the options are not known, and the other way round."""
+    """Files load in versions without these options, and the other way round."""
     for num_devices in (None, 1):
         y = SyncBatchNorm(num_devices=num_devices, prefix="norm_")(mx.sym.var("data"))
         nodes = json.loads(y.tojson())["nodes"]
@@ -200,7 +200,7 @@ def test_graphs_of_ordinary_layers_are_what_they_were(tmp_path):
 
 @pytest.mark.parametrize("contexts", [1, 2])
 def test_module(contexts, rng):
-    """A symbol of the layer brings what its number starts from."""
+    """A symbol of the layer has the initial value of its number of batches."""
     contexts = [mx.cpu(i) for i in range(contexts)]
     layer = SyncBatchNorm(momentum=None, num_devices=len(contexts), prefix="norm_")
     module = mx.mod.Module(
@@ -287,7 +287,7 @@ def check_gradients(got, xs, dys, tolerance):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("num_devices", [7, 1])
 def test_inference_by_the_batch(hybridize, dtype, num_devices, rng):
-    """With its gradient; seven devices are waited for in training only."""
+    """With its gradient; the layer waits for seven devices in training only."""
     layer = untracked(num_devices=num_devices)
     layer.cast(dtype)
     initialized(layer, hybridize)

@@ -1,4 +1,4 @@
-"""gluon_syncbn.symbol.SyncBatchNorm: a function, for what takes mx.sym.contrib.SyncBatchNorm."""
+"""gluon_syncbn.symbol.SyncBatchNorm, in the place of mx.sym.contrib.SyncBatchNorm."""
 
 import json
 
@@ -79,7 +79,7 @@ def test_arguments_by_position_and_by_name():
 
 
 def test_keys():
-    """By default nobody else's; of one's own, each use in a graph is told apart."""
+    """Unique by default; uses of a key of one's own are numbered."""
     x = mx.sym.var("data")
     named = [SyncBatchNorm(x, name="same") for _ in range(2)]
     assert len({nodes(sym, "_syncbn_sum")[0]["attrs"]["key"] for sym in named}) == 2

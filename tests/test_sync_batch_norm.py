@@ -128,7 +128,7 @@ def test_use_global_stats_trains_by_the_moving_statistics(hybridize, rng):
 
 
 @pytest.mark.parametrize("hybridize", [None, {}, STATIC])
-def test_inference_waits_for_nobody(hybridize):
+def test_inference_does_not_wait(hybridize):
     layer = SyncBatchNorm(num_devices=7)
     layer.initialize()
     if hybridize is not None:
@@ -143,7 +143,7 @@ def test_inference_waits_for_nobody(hybridize):
 @pytest.mark.parametrize("num_devices", [None, 1])
 @pytest.mark.parametrize("nothing, axis", [((0, 3, 4), 1), ((2, 3, 0), 1), ((0, 4, 3), -1)])
 def test_arrays_without_elements(hybridize, num_devices, nothing, axis, rng):
-    """As nn.BatchNorm takes them, but that the moving statistics do not become NaN."""
+    """As in nn.BatchNorm, but the moving statistics do not become NaN."""
     with mx.util.np_shape():
         some = tuple(n or 5 for n in nothing)
         results = []
@@ -173,7 +173,7 @@ def test_arrays_without_elements(hybridize, num_devices, nothing, axis, rng):
 
 @pytest.mark.parametrize("hybridize", [None, {}, STATIC])
 @pytest.mark.parametrize("sizes", [(4, 0), (0, 4), (0, 0)])
-def test_a_device_without_elements_beside_others(hybridize, sizes, two, rng):
+def test_a_device_without_elements_among_others(hybridize, sizes, two, rng):
     with mx.util.np_shape(True):  # in all threads
         layer = SyncBatchNorm(in_channels=3)
         layer.initialize(ctx=two)
@@ -211,7 +211,7 @@ def test_a_device_without_elements_beside_others(hybridize, sizes, two, rng):
 @pytest.mark.parametrize("hybridize", [None, {}])
 @pytest.mark.parametrize("devices", [1, 2])
 def test_one_value_per_channel_over_all_devices(hybridize, devices, two):
-    """As nn.BatchNorm takes it: y is beta.  (With two devices, the second has no input.)"""
+    """As in nn.BatchNorm, y is beta.  (With two devices, the second has no input.)"""
     results = []
     for make in (SyncBatchNorm, nn.BatchNorm):
         layer = make(in_channels=3, beta_initializer=mx.init.Constant(0.25))
@@ -292,7 +292,7 @@ def test_exported_file_says_what_it_needs(tmp_path):
 
 
 def test_uses_of_a_layer_in_a_graph_are_told_apart():
-    """MXNet runs them in any order when it hides that they write the same statistics."""
+    """With static_shape MXNet may run them in any order."""
     net = Shared()
     nodes = json.loads(net(mx.sym.var("data")).tojson())["nodes"]
     uses = [n["attrs"] for n in nodes if n["op"] == "_syncbn_sum"]
@@ -351,7 +351,7 @@ def test_every_layer_has_a_key_of_its_own():
     assert len(keys) == 4
     assert first == "same_" == layers[0].key
     del layers
-    assert SyncBatchNorm(prefix="same_").key not in keys  # rounds of the old may be under way
+    assert SyncBatchNorm(prefix="same_").key not in keys  # which may still be in use
 
 
 def test_num_devices_is_one_without_gpus_and_data_parallel_model():
@@ -399,7 +399,7 @@ def test_a_symbol_trains_in_module(two):
     for data, label in batches:
         module.forward_backward(mx.io.DataBatch([mx.nd.array(data)], [mx.nd.array(label)]))
         module.update()
-    mx.nd.waitall()  # an executor, too, hides from the engine that it writes statistics
+    mx.nd.waitall()  # an executor does not tell the engine that it writes statistics
     got, statistics = module.get_params()
 
     single = convolutional(lambda: SyncBatchNorm(num_devices=1), widths=(8, 8))

@@ -14,7 +14,7 @@ from gluon_syncbn.conversion.rewriting import make_plain
 
 
 class Twice(gluon.HybridBlock):
-    """A convolution whose output is read in front of the normalization, too."""
+    """A convolution with a second reader, besides the normalization."""
 
     def __init__(self):
         super().__init__()
@@ -82,14 +82,14 @@ def test_folding(make, shape, left, tmp_path, rng):
     assert operators(files[0]).count("BatchNorm") == left
     loaded = gluon.SymbolBlock.imports(files[0], ["data"], files[1])
     assert_close(loaded(x).asnumpy(), wanted)
-    # Nothing is left of the layers that were folded, and outputs are called what they were.
+    # Nothing is left of the folded layers, and outputs keep their names.
     assert sum("gamma" in name for name in mx.nd.load(files[1])) == left
     outputs = mx.sym.load(files[0]).list_outputs()
     assert outputs == net._cached_graph[1].list_outputs()
 
 
 def test_folding_into_a_deconvolution_that_says_nothing_of_a_bias(tmp_path, rng):
-    """MXNet's Deconvolution has none by default, its Convolution has one; Gluon always says."""
+    """By default, MXNet's Deconvolution has no bias and its Convolution has one; Gluon sets it."""
     data = mx.sym.var("data")
     up = mx.sym.Deconvolution(data, name="up", num_filter=4, kernel=(3, 3))
     assert up.list_arguments() == ["data", "up_weight"]
@@ -105,7 +105,7 @@ def test_folding_into_a_deconvolution_that_says_nothing_of_a_bias(tmp_path, rng)
 
 
 def test_channels_last_convolutions_are_left_alone(rng):
-    """Their weights lie otherwise, and the CPU cannot run them, so nothing could be checked."""
+    """Their weights have another layout, and the CPU cannot run them to check it."""
     x = mx.sym.Convolution(
         mx.sym.var("data"), name="conv", num_filter=2, kernel=(1, 1), layout="NHWC"
     )
@@ -116,7 +116,7 @@ def test_channels_last_convolutions_are_left_alone(rng):
 
 
 def test_folding_in_float16(tmp_path, rng):
-    """What is written, since MXNet cannot run it here."""
+    """Compares what is written: MXNet cannot run it on the CPU."""
     net = sequence(nn.Dense(4, in_units=3, use_bias=False), SyncBatchNorm(in_channels=4))
     net.cast("float16")
     net.initialize()

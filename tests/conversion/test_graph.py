@@ -67,11 +67,11 @@ def test_casts_of_mixed_precision():
 def test_who_reads_what():
     x = mx.sym.var("x")
     parts = mx.sym.split(x, num_outputs=2, axis=0, name="cut")
-    graph = Graph(mx.sym.Group([parts[1] * parts[1], parts[0], x]))
+    graph = Graph(mx.sym.Group([parts[1] * parts[1], parts[0], parts[1], x]))
     data, cut, product = graph.nodes
     uses = graph.uses()
     assert uses[id(data)] == [(cut, 0), (None, 0)]
-    assert uses[id(cut)] == [(product, 1), (product, 1), (None, 0)]
+    assert uses[id(cut)] == [(product, 1), (product, 1), (None, 0), (None, 1)]
     assert uses[id(product)] == [(None, 0)]
 
 

@@ -1,4 +1,4 @@
-"""Export for machines without the package: plain, folded, loaded where nobody knows of us, ONNX."""
+"""Export for machines without the package: files load in plain MXNet and as ONNX."""
 
 import contextlib
 from unittest import mock
@@ -112,7 +112,7 @@ def test_export_and_back_with_the_package(tmp_path, rng):
     script = script.replace("assert not any", "assert any")
     for how in ("SymbolBlock", "Module"):
         assert_close(elsewhere(str(tmp_path / "net"), x, tmp_path, how, script), wanted)
-    with pytest.raises(AssertionError, match="_syncbn"):  # the plain one is for these
+    with pytest.raises(AssertionError, match="_syncbn"):  # for this there is export_for_inference
         elsewhere(str(tmp_path / "net"), x, tmp_path, "SymbolBlock")
 
 
@@ -131,7 +131,7 @@ def test_float16(fold, tmp_path, rng):
 
 
 def types_fit(files):
-    """What plain MXNet says of the dtypes in a symbol and its parameters."""
+    """Infer the dtypes of a symbol and its parameters with plain MXNet."""
     types = {name[4:]: value.dtype for name, value in mx.nd.load(files[1]).items()}
     return mx.sym.load(files[0]).infer_type(data="float32", **types)[1]
 
@@ -209,7 +209,7 @@ def test_a_layer_in_a_loop_is_refused_and_nothing_is_written(tmp_path):
 
 
 def test_a_gamma_of_two_minds(tmp_path, rng):
-    """One layer takes it as it is, another as 1; a third computes its own."""
+    """One layer uses it, one takes it as 1, and a third computes its own."""
     data, gamma = mx.sym.var("data"), mx.sym.var("gamma")
     x = mx.sym.BatchNorm(data, gamma=gamma, name="free", fix_gamma=False)
     x = mx.sym.BatchNorm(x, gamma=gamma, name="fixed", fix_gamma=True)
@@ -219,7 +219,7 @@ def test_a_gamma_of_two_minds(tmp_path, rng):
     batch = mx.nd.array(rng.randn(4, 3, 8))
     net(batch)
     randomize(net, rng)
-    # (MXNet sets it to 1 where it runs the layer that takes it so.)
+    # (Running the layer with fix_gamma sets it to 1.)
     net.collect_params()["gamma"].set_data(mx.nd.array([2.0, 3.0, 4.0]))
     files = export_for_inference(net, str(tmp_path / "net"))
     values = mx.nd.load(files[1])
@@ -259,7 +259,7 @@ def test_parameters_that_do_not_fit_are_named_and_nothing_is_written(tmp_path, r
     assert not list(tmp_path.iterdir())
 
 
-OPSET = 13  # the latest that MXNet 1.9.1 writes; it declares whatever is onnx's own latest
+OPSET = 13  # the latest that MXNet 1.9.1 writes, though it declares the latest of the onnx package
 
 
 @contextlib.contextmanager
@@ -280,7 +280,7 @@ def run_onnx(path, x):
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # weights are listed as inputs, too, which it warns of
+    options.log_severity_level = 3  # it warns that weights are listed as inputs
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return session.run(None, {session.get_inputs()[0].name: x})[0]
@@ -293,7 +293,7 @@ def test_onnx(make, fold, tmp_path, rng):
     net = make()
     wanted = ready(net, x, rng)
     for layer in net.collect_params(".*gamma").values():
-        if layer.grad_req == "null":  # taken as 1, whatever it is; MXNet's exporter forgets that
+        if layer.grad_req == "null":  # counts as 1, which MXNet's exporter ignores
             layer.set_data(mx.nd.full(layer.shape, 3.0))
     files = export_for_inference(net, str(tmp_path / "net"), fold=fold)
     path = str(tmp_path / "net.onnx")

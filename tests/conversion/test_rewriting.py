@@ -15,7 +15,7 @@ PARAMETERS = ("gamma", "beta", "moving_mean", "moving_var")
 
 
 def plain(**options):
-    """Branches, and a normalization that two places share."""
+    """A network with branches and a shared normalization."""
     x = mx.sym.Convolution(mx.sym.var("data"), num_filter=6, kernel=(3, 3), name="conv")
     shared = [mx.sym.var(f"shared_{name}") for name in PARAMETERS]
     left = mx.sym.BatchNorm(x, *shared, name="shared", fix_gamma=False, **options)
@@ -32,7 +32,7 @@ def plain(**options):
 def test_module_on_two_contexts_is_one_batch(make):
     wanted = fit(make(1), 1)
     assert_same(fit(make(2), 2), wanted)
-    with pytest.raises(AssertionError):  # each context for itself
+    with pytest.raises(AssertionError):  # each context by itself
         assert_same(fit(make(1), 2), wanted)
 
 
@@ -125,7 +125,7 @@ def test_casts_of_mixed_precision_stay():
     assert casts(convert_symbol(half)) == casts(half) > 0
 
 
-def test_no_two_symbols_meet():
+def test_symbols_do_not_share_keys():
     sums = [
         node["attrs"]
         for _ in range(2)

@@ -24,7 +24,7 @@ def test_backward_takes_head_gradients_and_nested_losses(two):
 
 
 def test_backward_after_a_later_step_with_fewer_devices(two, rng):
-    """A backward round expects the devices of its own forward, whoever came since."""
+    """A backward pass expects the devices of its forward pass, not of a later one."""
     net = SyncBatchNorm(in_channels=3)
     net.initialize(ctx=two)
     model = ModelDataParallel(net, two)

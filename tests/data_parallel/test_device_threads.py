@@ -1,4 +1,4 @@
-"""A thread for each device: interrupted, forked, and asked for from within."""
+"""One thread a device: interrupted, forked, and called from within a network."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ from networks import convolutional, split
 
 
 def test_an_interruption_while_the_devices_are_given_their_parts(two, rng, monkeypatch):
-    """The device that has its part already waits for one that will never have it."""
+    """The first device has started and waits for the second, which never will."""
     net = SyncBatchNorm(in_channels=3)
     net.initialize(ctx=two)
     model = ModelDataParallel(net, two)
@@ -45,7 +45,7 @@ def test_an_interruption_while_the_devices_are_given_their_parts(two, rng, monke
 
 
 def test_a_forked_child_trains_though_the_parents_locks_were_held():
-    """The child has none of the parent's threads, so nobody who would open the locks for it."""
+    """The threads that hold the locks do not exist in the child."""
     script = """
 import os, signal, threading
 import mxnet as mx
@@ -95,7 +95,7 @@ def test_run_on_gives_and_raises_what_the_function_does(two):
     inner = device_threads.run_on(
         two[0], lambda: device_threads.run_on(two[1], threading.current_thread)
     )
-    assert inner.name == "gluon_syncbn-cpu(0)_0"  # right there: two could wait for each other
+    assert inner.name == "gluon_syncbn-cpu(0)_0"  # not in another: two could wait for each other
 
 
 def test_threads_are_kept(two):
@@ -139,7 +139,7 @@ def test_calling_a_model_from_within_a_network_is_refused(two):
         outer(xs)
 
 
-def test_data_loader_workers_beside_training(two, rng):
+def test_data_loader_workers_during_training(two, rng):
     """Forked worker processes have none of the device threads, and need none."""
     net = SyncBatchNorm()
     net.initialize(ctx=two)

@@ -1,4 +1,4 @@
-"""Programs written for the original preview and for GluonCV's wrappers run with other imports."""
+"""Programs written for the original preview or GluonCV's wrappers run with changed imports."""
 
 import mxnet as mx
 import numpy as np
@@ -17,7 +17,7 @@ from networks import EvalModel, SegmentationNet
 
 
 class PreviewNet(gluon.Block):
-    """In the form of the preview's example: channels given, nothing said of devices."""
+    """As in the preview's example: with channels, without a number of devices."""
 
     def __init__(self):
         super().__init__()
@@ -75,7 +75,7 @@ def test_the_previews_training_loop(two, rng):
 
 
 class MixLoss(gluon.loss.SoftmaxCrossEntropyLoss):
-    """The auxiliary output counts, too."""
+    """Adds the loss of the auxiliary output."""
 
     def hybrid_forward(self, F, *inputs):
         *outputs, label = inputs
@@ -84,7 +84,7 @@ class MixLoss(gluon.loss.SoftmaxCrossEntropyLoss):
 
 
 def train_segmentation(contexts, aux, named=False, hybridize=None, batches=(6, 5, 1, 6)):
-    """GluonCV's scripts/segmentation/train.py, with parallel_backward; and what it validates."""
+    """Train and validate as GluonCV's scripts/segmentation/train.py, with parallel_backward."""
     mx.random.seed(4)
     rng = np.random.RandomState(0)
     model = SegmentationNet(aux, num_devices=len(contexts))

@@ -18,7 +18,7 @@ from networks import split
 
 
 def test_keys_stay_apart():
-    """Whatever the user called them."""
+    """Keys of the user that look like ours stay distinct."""
     x = mx.sym.var("data")
     both = [
         mx.sym.contrib.KeyBarrierSum(x, key=key, num_devices=2) for key in ("k@1", "k@2", "k@2")

@@ -54,7 +54,7 @@ def test_structures_are_split_as_gluoncv_splits_them(two):
         ):
             got = np.concatenate([o[0].asnumpy() for o in outputs])
             np.testing.assert_array_equal(got, 12 * x.asnumpy())
-    # Labels, too; and what lies on several devices is split already.
+    # So are labels.  What lies on several devices counts as split.
     criterion = DataParallelCriterion(lambda p, labels: p * labels[0] + labels[1], two)
     outputs = DataParallelModel(nn.Lambda(lambda x: x), two)(x)
     for label in ((x, x), [(part, part) for part in split(x, two)]):

@@ -1,4 +1,4 @@
-"""Networks on several devices at once: as one device with the whole batch, and never hanging."""
+"""Networks on several devices: they compute what one device would, and never hang."""
 
 import gc
 import resource
@@ -61,7 +61,7 @@ def test_plain_batch_norm_keeps_its_own_statistics(two, rng):
     x = rng.randn(6, 3).astype("float32")
     with autograd.record():
         outs = ModelDataParallel(net, two)(split(x, two))
-    parallel_backward(outs)  # where MXNet's own moves its statistics
+    parallel_backward(outs)  # in which MXNet's own layer moves its statistics
     mx.nd.waitall()
     inner = [net[0](part).asnumpy() for part in split(x, two)]
     for context, part in zip(two, inner):
@@ -170,7 +170,7 @@ def test_different_sizes_on_each_device(two, rng):
 
 
 class FailsOn(nn.HybridSequential):
-    """Raises on one device between two normalizations while it is told to."""
+    """Raises on the device `broken`, between two normalizations."""
 
     broken = None
 
@@ -179,7 +179,7 @@ class FailsOn(nn.HybridSequential):
         if x.context == self.broken:
             raise KeyError(f"broken on {x.context}")
         x = self[1](x)
-        x.wait_to_read()  # the other device waits here for what never comes
+        x.wait_to_read()  # the other device waits here for one that never arrives
         return x
 
 
@@ -240,7 +240,7 @@ def test_a_device_that_never_comes_is_an_error_on_the_others_and_the_next_step_w
     np.testing.assert_allclose(outs[0].asnumpy(), outs[1].asnumpy())
 
 
-def test_a_failure_that_nobody_read_is_raised_by_the_next_call(two):
+def test_an_unread_failure_is_raised_by_the_next_call(two):
     net = SkipsOn()
     net.initialize(ctx=two)
     model = ModelDataParallel(net, two)
@@ -262,7 +262,7 @@ def test_a_failure_that_nobody_read_is_raised_by_the_next_call(two):
     outs[0].asnumpy()
 
 
-def test_an_unrelated_failure_is_neither_met_nor_swallowed(two):
+def test_an_unrelated_failure_is_neither_raised_nor_swallowed(two):
     net = SyncBatchNorm()
     net.initialize(ctx=two)
     model = ModelDataParallel(net, two)
@@ -335,7 +335,7 @@ def test_memory_does_not_grow_over_2000_steps(two, rng):
             parallel_backward(losses)
             trainer.step(4)
             if step % 20 == 0:
-                mx.nd.waitall()  # on a busy machine the queue of what is to be done grows, too
+                mx.nd.waitall()  # on a busy machine the engine's queue would grow
         gc.collect()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 

@@ -26,7 +26,7 @@ def test_parameters_are_put_on_all_devices(there, hybridize, two, rng):
         net(mx.nd.array(x, ctx=there[0]))
     mx.nd.waitall()
     before = values(net, there[0])
-    for context in there:  # nobody averages moving statistics
+    for context in there:  # reset_ctx averages; make them equal first
         for name, p in net.collect_params(".*running.*").items():
             mx.nd.array(before[name]).copyto(p.data(context))
     requests = {name: p.grad_req for name, p in net.collect_params().items()}
@@ -74,11 +74,15 @@ def test_parameters_initialized_or_loaded_after_the_model_was_made(two, rng, tmp
     other = nn.HybridSequential()
     other.add(nn.Dense(4), SyncBatchNorm())
     model = ModelDataParallel(other, two)
-    for options in ({}, {"ctx": two}, {}):  # onto cpu(0); where they are then
+    for options in (
+        {},
+        {"ctx": two},
+        {},
+    ):  # onto cpu(0), onto both, where they are
         other.load_parameters(str(tmp_path / "net.params"), **options)
         got = np.concatenate([y.asnumpy() for y in model(split(x, two))])
         np.testing.assert_array_equal(got, wanted)
-    other.collect_params().reset_ctx(two[1])  # say, to look at something
+    other.collect_params().reset_ctx(two[1])  # as a user may, to look at them
     got = np.concatenate([y.asnumpy() for y in model(split(x, two))])
     np.testing.assert_array_equal(got, wanted)
 
@@ -120,7 +124,7 @@ def test_constants_and_shared_parameters(two):
 @pytest.mark.parametrize("deferred", [True, False])
 @pytest.mark.parametrize("update_on_kvstore", [True, False])
 def test_a_trainer_made_before(deferred, update_on_kvstore, two, rng):
-    """It would have stepped device 0 alone."""
+    """It must follow to the other devices, or it would step device 0 alone."""
     batch = split(rng.randn(6, 4), two), split(rng.randn(6, 2), two)
     weights = []
     for late in (False, True):

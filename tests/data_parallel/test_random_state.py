@@ -38,7 +38,7 @@ def test_dropout_differs_between_devices_and_is_reproducible(two, hybridize):
     assert (first != other).any()
     assert (first[:, 0] != first[:, 1]).any()  # between devices
     assert (first[0] != first[1]).any()  # between steps
-    mx.random.seed(5, ctx=two[0])  # one device anew
+    mx.random.seed(5, ctx=two[0])  # one device starts anew
     mixed = dropout_masks(two, model)
     mx.random.seed(5, ctx=two[0])
     np.testing.assert_array_equal(dropout_masks(two, model)[:, 0], mixed[:, 0])
@@ -87,7 +87,7 @@ def test_the_last_seed_counts_of_all_devices_or_of_one():
     assert not seeds.unknown
     assert (seeds.of(first).value, seeds.of(second).value) == (3, 5)
     generation = seeds.of(second).generation
-    seeds.set_one(5, *second)  # the same number starts anew all the same
+    seeds.set_one(5, *second)  # even with the same number
     assert seeds.of(second).generation > generation
     seeds.set_all(4)
     assert seeds.of(first) == seeds.of(second) and seeds.of(first).value == 4

@@ -62,7 +62,7 @@ class Optional(gluon.Block):
         return x + y
 
 
-def test_none_beside_an_array_in_an_entry(two):
+def test_none_next_to_an_array_in_an_entry(two):
     model = ModelDataParallel(Optional(), two)
     xs = [mx.nd.ones(1, ctx=c) for c in two]
     outs = model(xs, [(x, None) for x in xs], states=[1, 2, None])

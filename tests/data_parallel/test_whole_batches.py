@@ -56,7 +56,7 @@ def test_batches_that_cannot_be_split(model, two):
 
 @pytest.mark.parametrize("attached", [True, False])
 def test_batches_that_are_part_of_a_graph(attached, model, two):
-    """Two backward passes through one graph at once end the process."""
+    """Two backward passes in one graph at the same time would crash the process."""
     whole = DataParallelModel(model.module, two)
     before = nn.Dense(3, in_units=3)
     before.initialize()

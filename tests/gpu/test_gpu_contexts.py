@@ -287,7 +287,7 @@ def test_nothing_is_allocated_in_the_steady_state(mode):
         mx.nd.waitall()
 
     count = ctypes.CDLL("libcudart.so.11.0").EmulatedAllocations
-    # A worker allocates when it runs its first operation of a layer, which can be late.
+    # A worker allocates in its first operation of a layer, which can come late.
     for _ in range(8):
         before = count()
         for _ in range(10):

@@ -1,4 +1,4 @@
-"""Configures the library with CMake, as `make build` does, into a folder of the test's own."""
+"""Configure the library with CMake, as `make build` does, in a folder of the test's own."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Networks with parameters as after training, and what an export of them has in it."""
+"""Networks with parameters as after training, and the contents of exported files."""
 
 import json
 
@@ -8,7 +8,7 @@ from mxnet.gluon import nn
 
 
 def randomize(net, rng):
-    """Parameters as after some training; gamma stays as it is where it counts as 1."""
+    """Set parameters of normalizations to random values, as after some training."""
     for name, parameter in net.collect_params().items():
         if name.endswith(("gamma", "beta", "_mean", "_var")):
             parameter.set_data(mx.nd.array(rng.rand(*parameter.shape) + 0.5))

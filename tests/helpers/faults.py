@@ -1,4 +1,4 @@
-"""Runs scripts in processes where calls of MXNet and the system fail on demand (faults.c)."""
+"""Run scripts in processes where calls of MXNet and the system fail on demand (faults.c)."""
 
 import functools
 import os
@@ -9,7 +9,7 @@ import fresh_process
 
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "faults.c")
 
-# `faults.pushes.value = 2` in a script lets the next two pushes fail.
+# `faults.pushes.value = 2` in a script makes the next two pushes fail.
 PRELUDE = """
 import ctypes
 import time

@@ -1,4 +1,4 @@
-"""Networks and training runs that several tests share."""
+"""Networks and training runs shared by several tests."""
 
 import functools
 

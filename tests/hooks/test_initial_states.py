@@ -49,7 +49,7 @@ def without_marks():
     ids=["function", "alone", "own-variables", "raw", "raw-alone", "without-marks"],
 )
 def test_statistics_are_initialized(make):
-    """Whatever the initializer of the weights, and whatever they are called."""
+    """Independently of the initializer of the weights, and of names."""
     sym = make()
     module = mx.mod.Module(sym, label_names=None)
     module.bind([("data", (2, 3))])

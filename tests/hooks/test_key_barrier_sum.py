@@ -11,7 +11,7 @@ from networks import STATIC
 
 
 class Sums(gluon.HybridBlock):
-    """The exchange by itself inside a network."""
+    """KeyBarrierSum in a network."""
 
     def hybrid_forward(self, F, x):
         return F.contrib.KeyBarrierSum(x, key="sums", num_devices=2)

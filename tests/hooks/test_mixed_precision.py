@@ -105,7 +105,7 @@ def test_converted_block_computes_the_same(tmp_path, dtype, options):
     with mx.autograd.record():  # moves the moving statistics
         net(x)
     expected = net(x)
-    # Only tanh in the low precision; whoever gives lists gives ours, too.
+    # Only tanh in the low precision.  Lists of one's own must name our operators as well.
     converted = amp.convert_hybrid_block(
         net,
         dtype,

@@ -1,4 +1,4 @@
-"""How the library is configured, for who develops it and for who installs it."""
+"""How the library is configured, for developers and for users."""
 
 import shutil
 
@@ -8,7 +8,7 @@ from cmake_build import configure, needs_cmake
 
 
 @needs_cmake
-def test_warnings_are_errors_only_where_it_is_asked_for(tmp_path):
+def test_warnings_are_errors_only_with_werror(tmp_path):
     """Another compiler warns of other things."""
     for asked, options in ((False, []), (True, ["-DGLUON_SYNCBN_WERROR=ON"])):
         done = configure(tmp_path, *options)

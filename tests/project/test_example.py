@@ -1,4 +1,4 @@
-"""What a newcomer runs: the example, and the code in the README and in docstrings."""
+"""What new users run: the example, and the code in the README and in docstrings."""
 
 import doctest
 import importlib
@@ -49,7 +49,7 @@ def test_bad_arguments():
 
 
 def code_of(document):
-    """The Python of a document, each line where it is there; not what is marked as "skip"."""
+    """Extract a document's Python, keeping line numbers, without parts marked "skip"."""
     with open(os.path.join(ROOT, document), encoding="utf-8") as file:
         parts = re.split(r"(```python\n.*?```)", file.read(), flags=re.S)
     return "".join(

@@ -1,4 +1,4 @@
-"""tests/helpers/fresh_process.py: what it hands over, and what it says when a script fails."""
+"""helpers/fresh_process.py: what a script gets, and the report of one that fails."""
 
 import os
 import signal
@@ -44,7 +44,7 @@ def test_a_failure_shows_what_was_printed():
 
 
 def test_a_script_that_hangs_shows_where(tmp_path):
-    """It is ended with what it has forked, which holds the other ends of the pipes."""
+    """It is killed together with its children, which hold the pipes open."""
     script = """
 import os, sys, time
 child = os.fork()

@@ -10,7 +10,7 @@ import pytest
 from cmake_build import configure, needs_cmake
 from paths import OPERATOR, PACKAGE, TESTS
 
-# A folder of the package -> the folders that it may import from, besides itself.  "" is the top.
+# A folder of the package -> the other folders that it may import from.  "" is the top.
 MAY_IMPORT = {
     "": set(),
     "conversion": {""},
@@ -31,7 +31,7 @@ def trees():
 
 
 def imported_folders(path, tree):
-    """Folders of the package that a module imports from."""
+    """Yield the folders of the package that a module imports from."""
     here = path.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -55,7 +55,7 @@ def test_folders_of_the_package_import_in_one_direction():
 
 
 def private_names(tree):
-    """Private attributes that a module reads or writes, with what it reads them of."""
+    """Yield the names of private attributes that a module uses."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             name = node.attr
@@ -68,7 +68,7 @@ def private_names(tree):
 
 
 def own_names(tree):
-    """Names that a module defines: functions, classes, variables and attributes of ``self``."""
+    """Yield the names of a module's functions, classes, variables and attributes of ``self``."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.name

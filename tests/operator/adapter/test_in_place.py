@@ -1,7 +1,7 @@
-"""In a graph the feature map and its gradient travel in place: no pass is spent on handing them.
+"""In a graph the feature map and its gradient are passed on in place, without a copy.
 
-Forward that is so on GPUs and where MKL-DNN is off (operator_util.h says why), so the check runs in
-a process of its own.
+In the forward pass this holds on GPUs and without MKL-DNN (operator_util.h says why), so that
+check runs in a process of its own.
 """
 
 import ctypes
@@ -77,7 +77,7 @@ def check(forward):
     assert dy == at["bn_fwd_backward_data"] == at["bn_moments_backward_data"]
 
 
-def test_backward_in_place_beside_mkl_dnn():
+def test_backward_in_place_with_mkl_dnn():
     check(forward=False)
 
 

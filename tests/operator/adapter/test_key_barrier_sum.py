@@ -47,7 +47,7 @@ def test_gradient_is_added_where_asked():
         np.testing.assert_array_equal(x.grad.asnumpy(), [12, 12, 12])
 
 
-def test_backward_meets_its_own_forward_in_any_order():
+def test_backward_belongs_to_its_own_forward_in_any_order():
     xs = [[mx.nd.full(1, 10**i, ctx=c) for i in range(3)] for c in CONTEXTS[:2]]
     ys = []
     for row in xs:
@@ -63,8 +63,8 @@ def test_backward_meets_its_own_forward_in_any_order():
         assert [x.grad.asscalar() for x in row] == [3, 30, 300]
 
 
-def test_calls_meet_in_the_order_of_the_program(rng):
-    """Though their inputs become ready in another order, and nothing else orders them."""
+def test_calls_are_matched_in_the_order_of_the_program(rng):
+    """Even if their inputs become ready in another order."""
     for _ in range(20):
         ys = []
         for i, context in enumerate(CONTEXTS[:2]):
@@ -95,7 +95,7 @@ def test_a_call_that_waits_for_an_earlier_one_names_it():
     np.testing.assert_array_equal(third.asnumpy(), [1, 1])
 
 
-def test_an_executor_that_never_runs_keeps_nobody_waiting():
+def test_an_executor_that_never_runs_does_not_block_other_calls():
     """It is bound long before it runs, so it cannot have a place in the order of the calls."""
     gluon_syncbn.set_timeout(5)
     y = mx.sym.contrib.KeyBarrierSum(mx.sym.var("x"), key="bound", num_devices=1)
@@ -108,7 +108,7 @@ def test_an_executor_that_never_runs_keeps_nobody_waiting():
 
 
 def test_calls_tell_the_uses_of_a_key_apart():
-    """Two uses in one graph meet by their number, though the devices run them in another order."""
+    """Uses are matched by `call`, though the devices run them in different orders."""
     ys = {}
     for context, order in ((CONTEXTS[0], (0, 1)), (CONTEXTS[1], (1, 0))):
         for call in order:
@@ -243,7 +243,7 @@ def test_graphs_that_are_freed_as_soon_as_their_result_is_there():
 
 
 def test_a_process_that_ends_in_the_middle():
-    """What is queued is not run any more then; what waits for it must end all the same."""
+    """Queued work is dropped then; what waits for it must end all the same."""
     script = """
 import mxnet as mx
 import gluon_syncbn
