@@ -12,9 +12,7 @@ from mxnet.gluon import nn
 import gluon_syncbn
 from gluon_syncbn import ModelDataParallel, SyncBatchNorm, parallel_backward, passes
 from held import held
-from networks import STATIC, Branches, convolutional, split
-
-MODES = [None, {}, {"static_alloc": True}, STATIC]
+from networks import MODES, STATIC, Branches, convolutional, split
 
 
 def initialized(net, contexts, hybridize=None):

@@ -14,7 +14,7 @@ from mxnet.gluon import nn
 import fresh_process
 import gluon_syncbn
 from gluon_syncbn import ModelDataParallel, SyncBatchNorm, parallel_backward
-from networks import STATIC, Shared, convolutional, data_for, train
+from networks import MODES, STATIC, Shared, convolutional, data_for, train
 from reference import batch_norm, largest_error
 
 
@@ -53,7 +53,7 @@ def test_checkpoints_go_both_ways(structural, tmp_path):
         np.testing.assert_allclose(target(x).asnumpy(), source(x).asnumpy(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("hybridize", [None, {}, {"static_alloc": True}, STATIC])
+@pytest.mark.parametrize("hybridize", MODES)
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_one_device_against_numpy(hybridize, dtype, rng):
     layer = SyncBatchNorm(epsilon=1e-3, axis=-1)
@@ -139,7 +139,7 @@ def test_inference_does_not_wait(hybridize):
     y.wait_to_read()
 
 
-@pytest.mark.parametrize("hybridize", [None, {}, {"static_alloc": True}, STATIC])
+@pytest.mark.parametrize("hybridize", MODES)
 @pytest.mark.parametrize("num_devices", [None, 1])
 @pytest.mark.parametrize("nothing, axis", [((0, 3, 4), 1), ((2, 3, 0), 1), ((0, 4, 3), -1)])
 def test_arrays_without_elements(hybridize, num_devices, nothing, axis, rng):

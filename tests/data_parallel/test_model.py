@@ -13,6 +13,7 @@ from mxnet.gluon import nn
 import gluon_syncbn
 from gluon_syncbn import DataParallelCriterion, ModelDataParallel, SyncBatchNorm, parallel_backward
 from networks import (
+    MODES,
     STATIC,
     Branches,
     Shared,
@@ -23,8 +24,6 @@ from networks import (
     train,
     waiting,
 )
-
-MODES = [None, {}, {"static_alloc": True}, STATIC]
 
 
 @pytest.mark.parametrize("devices", [2, 3, 4])

@@ -10,11 +10,10 @@ from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
 from gluon_syncbn import DataParallelCriterion, ModelDataParallel, SyncBatchNorm, parallel_backward
-from networks import STATIC, assert_same_training, convolutional, data_for, split
+from networks import MODES, assert_same_training, convolutional, data_for, split
 
 OPTIMIZER = {"learning_rate": 0.05, "momentum": 0.9}
 TWO = [mx.cpu(0), mx.cpu(1)]
-MODES = [None, {}, {"static_alloc": True}, STATIC]
 hybridized = pytest.mark.parametrize("hybridize", MODES)
 # In a graph with static_shape, MXNet 1.9.1 keeps writing gradients to the arrays of the first
 # backward.  It takes others where a network runs a varying number of times before a backward, or

@@ -15,6 +15,7 @@ from gluon_syncbn import (
 )
 
 STATIC = {"static_alloc": True, "static_shape": True}
+MODES = [None, {}, {"static_alloc": True}, STATIC]  # None: not hybridized
 
 # Smooth: MKL-DNN's convolutions round differently with the size of the batch, by another amount on
 # every kind of CPU, and where relu has its kink a rounding error is a different gradient.

@@ -9,9 +9,7 @@ from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
 from gluon_syncbn import ModelDataParallel, SyncBatchNorm, convert_sync_batchnorm, parallel_backward
-from networks import STATIC, convolutional, split
-
-MODES = [None, {}, {"static_alloc": True}, STATIC]
+from networks import MODES, STATIC, convolutional, split
 
 
 class Switched(gluon.Block):
