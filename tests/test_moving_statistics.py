@@ -1,4 +1,4 @@
-"""What the layer keeps of its batches: their average (momentum=None), or nothing at all."""
+"""Moving statistics as an average (momentum=None), and none (track_running_stats=False)."""
 
 import functools
 import json
@@ -11,10 +11,9 @@ from mxnet.gluon import nn
 
 import gluon_syncbn as sbn
 from gluon_syncbn import ConversionError, ModelDataParallel, SyncBatchNorm
-from networks import STATIC, assert_same_training, convolutional, data_for, train
+from networks import MODES, assert_same_training, convolutional, data_for, train
 from reference import batch_norm, largest_error, rows
 
-HYBRIDIZE = [None, {}, {"static_alloc": True}, STATIC]
 TOLERANCE = {"float16": 1e-6, "float32": 1e-6, "float64": 1e-12}
 
 averaging = functools.partial(SyncBatchNorm, momentum=None)
@@ -58,7 +57,7 @@ class Batches:
             assert count.tolist() == [len(self.means)]
 
 
-@pytest.mark.parametrize("hybridize", HYBRIDIZE)
+@pytest.mark.parametrize("hybridize", MODES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("num_devices", [None, 1])
 def test_average_over_all_batches(hybridize, dtype, num_devices, rng):
@@ -91,9 +90,9 @@ def test_a_batch_counts_once_however_it_is_cut():
     batches.check(layer, 1e-5)
 
 
-@pytest.mark.parametrize("hybridize", HYBRIDIZE)
+@pytest.mark.parametrize("hybridize", MODES)
 def test_several_devices(hybridize):
-    """The first call's extra run is not counted; a device without input gets the others' number."""
+    """The extra run of a first call is not counted; idle devices get the others' number."""
     batches = data_for(4, [6, 5, 1, 4])
     make = functools.partial(convolutional, averaging)
     got = train(make, 2, batches, hybridize)
@@ -186,7 +185,7 @@ def test_export_and_import(num_devices, two, tmp_path, rng):
 
 
 def test_graphs_of_ordinary_layers_are_what_they_were(tmp_path):
-    """A file of today loads where the options are not known, and the other way round."""
+    """Files load in versions without these options, and the other way round."""
     for num_devices in (None, 1):
         y = SyncBatchNorm(num_devices=num_devices, prefix="norm_")(mx.sym.var("data"))
         nodes = json.loads(y.tojson())["nodes"]
@@ -200,7 +199,7 @@ def test_graphs_of_ordinary_layers_are_what_they_were(tmp_path):
 
 @pytest.mark.parametrize("contexts", [1, 2])
 def test_module(contexts, rng):
-    """A symbol of the layer brings what its number starts from."""
+    """A symbol of the layer has the initial value of its number of batches."""
     contexts = [mx.cpu(i) for i in range(contexts)]
     layer = SyncBatchNorm(momentum=None, num_devices=len(contexts), prefix="norm_")
     module = mx.mod.Module(
@@ -283,11 +282,11 @@ def check_gradients(got, xs, dys, tolerance):
         assert largest_error(dx, want_dx) < tolerance
 
 
-@pytest.mark.parametrize("hybridize", HYBRIDIZE)
+@pytest.mark.parametrize("hybridize", MODES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("num_devices", [7, 1])
 def test_inference_by_the_batch(hybridize, dtype, num_devices, rng):
-    """With its gradient; seven devices are waited for in training only."""
+    """With its gradient; the layer waits for seven devices in training only."""
     layer = untracked(num_devices=num_devices)
     layer.cast(dtype)
     initialized(layer, hybridize)
@@ -298,7 +297,7 @@ def test_inference_by_the_batch(hybridize, dtype, num_devices, rng):
     np.testing.assert_array_equal(layer(x).asnumpy(), got[0][0])
 
 
-@pytest.mark.parametrize("hybridize", HYBRIDIZE)
+@pytest.mark.parametrize("hybridize", MODES)
 @pytest.mark.parametrize("momentum", [0.9, None])
 def test_nothing_is_moved(hybridize, momentum, rng):
     layer = untracked(momentum=momentum)
@@ -310,7 +309,7 @@ def test_nothing_is_moved(hybridize, momentum, rng):
     assert (mean, variance) == ([0, 0, 0], [1, 1, 1])
 
 
-@pytest.mark.parametrize("hybridize", HYBRIDIZE)
+@pytest.mark.parametrize("hybridize", MODES)
 def test_training_is_synchronized_and_inference_is_not(hybridize, two, rng):
     layer = initialized(untracked(), hybridize, ctx=two)
     model = ModelDataParallel(layer, two)

@@ -91,7 +91,7 @@ def test_training_on_two_devices(np_mode, hybridize):
 
 
 class States(gluon.Block):
-    """Notes the state of MXNet's np mode in which it runs."""
+    """Records the np mode in which it runs."""
 
     def __init__(self):
         super().__init__()
@@ -110,7 +110,7 @@ def test_devices_follow_the_callers_mode(two, shape, array):
         mx.npx.set_np(*state)
         try:
             net.seen.clear()
-            # A `()` of mx.nd needs the mode, too.
+            # Without np arrays, layers take those of mx.nd.
             xs = [mx.np.ones((2, 3), ctx=c) for c in two]
             model(xs if state[1] else [x.as_nd_ndarray() for x in xs])
         finally:
@@ -133,7 +133,7 @@ class ScalarAndMore(gluon.HybridBlock):
 
 @pytest.mark.parametrize("hybridize", HYBRIDIZE)
 def test_scalars_and_tuples(np_mode, hybridize, two, rng):
-    """Shapes of () need the mode in the backward pass, too."""
+    """Shapes of () need the mode in the backward pass as well."""
     net = ScalarAndMore()
     net.initialize(ctx=two)
     if hybridize is not None:
@@ -234,7 +234,7 @@ def test_export_for_inference(np_mode, fold, contexts, tmp_path, rng):
 
 
 class Sum(gluon.HybridBlock):
-    """The exchange itself, by way of mx.nd's views."""
+    """The operator itself, on mx.nd views."""
 
     def hybrid_forward(self, F, x):
         total = F.contrib.KeyBarrierSum(x.as_nd_ndarray(), key="np_sum", num_devices=2)

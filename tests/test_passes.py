@@ -1,4 +1,4 @@
-"""Passes: who meets whom, whatever else happens in the process, and who can see what they wrote."""
+"""Passes: which calls are reduced together, and when their statistics can be read."""
 
 import threading
 import warnings
@@ -12,9 +12,7 @@ from mxnet.gluon import nn
 import gluon_syncbn
 from gluon_syncbn import ModelDataParallel, SyncBatchNorm, parallel_backward, passes
 from held import held
-from networks import STATIC, Branches, convolutional, split
-
-MODES = [None, {}, {"static_alloc": True}, STATIC]
+from networks import MODES, STATIC, Branches, convolutional, split
 
 
 def initialized(net, contexts, hybridize=None):
@@ -43,8 +41,8 @@ def is_normalized(outs, x):
 
 
 @pytest.mark.parametrize("hybridize", MODES)
-def test_whoever_reads_statistics_after_a_pass_sees_what_it_wrote(hybridize, two, rng):
-    """As Trainer's first step does, which broadcasts those of the first device to the others."""
+def test_statistics_read_after_a_pass_are_those_that_it_wrote(hybridize, two, rng):
+    """As Trainer does in its first step: it broadcasts those of the first device."""
     net = SyncBatchNorm(in_channels=3)
     model = initialized(net, two, hybridize)
     x = rng.randn(6, 3).astype("float32") + 5
@@ -146,12 +144,12 @@ def test_a_backward_that_fails_ends_no_exchange_of_another_thread(rng):
         unrecorded = mx.nd.ones(1, ctx=contexts[1][1])
         failed = threading.Event()
 
-        def fail():  # it waits for all that is pending, so also for what is held here
+        def fail():  # it waits for everything pending, including what is held here
             with pytest.raises(mx.MXNetError):
                 parallel_backward([good, unrecorded])
             failed.set()
 
-        # `good` was recorded by this thread, so nobody's passes but this one's can be meant.
+        # `good` was recorded by this thread, so only passes of this thread can be aborted.
         thread = threading.Thread(target=fail)
         thread.start()
         assert not failed.wait(0.5)
@@ -266,8 +264,8 @@ def test_the_gradients_of_an_absent_device_are_those_of_the_last_backward(
         )
 
 
-class FailsBehind(nn.HybridSequential):
-    """Raises behind its first layer while it is told to."""
+class FailsAfterTheFirst(nn.HybridSequential):
+    """Raises after its first layer while `fails` is set."""
 
     fails = False
 
@@ -280,7 +278,7 @@ class FailsBehind(nn.HybridSequential):
 
 @pytest.mark.parametrize("hybridize", MODES)
 def test_a_first_call_that_raises_leaves_all_devices_alike(hybridize, two, rng):
-    net = FailsBehind()
+    net = FailsAfterTheFirst()
     net.add(SyncBatchNorm(), SyncBatchNorm())
     net.initialize(ctx=two)
     if hybridize is not None:
@@ -357,7 +355,7 @@ def test_one_thread_trains_and_another_infers(hybridize, two, rng):
 
 
 def test_the_deadline_names_the_thread_that_ran_several_devices(two):
-    """Pushed from one thread, and one device after the other, they can wait for ever."""
+    """Pushed from one thread, device after device, they can wait for ever."""
     gluon_syncbn.set_timeout(1)
     layers = [SyncBatchNorm(in_channels=3, num_devices=2) for _ in range(2)]
     for layer in layers:

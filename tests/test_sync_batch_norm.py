@@ -3,9 +3,6 @@
 import copy
 import inspect
 import json
-import os
-import subprocess
-import sys
 import textwrap
 
 import mxnet as mx
@@ -14,9 +11,10 @@ import pytest
 from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
+import fresh_process
 import gluon_syncbn
 from gluon_syncbn import ModelDataParallel, SyncBatchNorm, parallel_backward
-from networks import STATIC, Shared, convolutional, data_for, train
+from networks import MODES, STATIC, Shared, convolutional, data_for, train
 from reference import batch_norm, largest_error
 
 
@@ -55,7 +53,7 @@ def test_checkpoints_go_both_ways(structural, tmp_path):
         np.testing.assert_allclose(target(x).asnumpy(), source(x).asnumpy(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("hybridize", [None, {}, {"static_alloc": True}, STATIC])
+@pytest.mark.parametrize("hybridize", MODES)
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_one_device_against_numpy(hybridize, dtype, rng):
     layer = SyncBatchNorm(epsilon=1e-3, axis=-1)
@@ -130,7 +128,7 @@ def test_use_global_stats_trains_by_the_moving_statistics(hybridize, rng):
 
 
 @pytest.mark.parametrize("hybridize", [None, {}, STATIC])
-def test_inference_waits_for_nobody(hybridize):
+def test_inference_does_not_wait(hybridize):
     layer = SyncBatchNorm(num_devices=7)
     layer.initialize()
     if hybridize is not None:
@@ -141,11 +139,11 @@ def test_inference_waits_for_nobody(hybridize):
     y.wait_to_read()
 
 
-@pytest.mark.parametrize("hybridize", [None, {}, {"static_alloc": True}, STATIC])
+@pytest.mark.parametrize("hybridize", MODES)
 @pytest.mark.parametrize("num_devices", [None, 1])
 @pytest.mark.parametrize("nothing, axis", [((0, 3, 4), 1), ((2, 3, 0), 1), ((0, 4, 3), -1)])
 def test_arrays_without_elements(hybridize, num_devices, nothing, axis, rng):
-    """As nn.BatchNorm takes them, but that the moving statistics do not become NaN."""
+    """As in nn.BatchNorm, but the moving statistics do not become NaN."""
     with mx.util.np_shape():
         some = tuple(n or 5 for n in nothing)
         results = []
@@ -175,7 +173,7 @@ def test_arrays_without_elements(hybridize, num_devices, nothing, axis, rng):
 
 @pytest.mark.parametrize("hybridize", [None, {}, STATIC])
 @pytest.mark.parametrize("sizes", [(4, 0), (0, 4), (0, 0)])
-def test_a_device_without_elements_beside_others(hybridize, sizes, two, rng):
+def test_a_device_without_elements_among_others(hybridize, sizes, two, rng):
     with mx.util.np_shape(True):  # in all threads
         layer = SyncBatchNorm(in_channels=3)
         layer.initialize(ctx=two)
@@ -213,7 +211,7 @@ def test_a_device_without_elements_beside_others(hybridize, sizes, two, rng):
 @pytest.mark.parametrize("hybridize", [None, {}])
 @pytest.mark.parametrize("devices", [1, 2])
 def test_one_value_per_channel_over_all_devices(hybridize, devices, two):
-    """As nn.BatchNorm takes it: y is beta.  (With two devices, the second has no input.)"""
+    """As in nn.BatchNorm, y is beta.  (With two devices, the second has no input.)"""
     results = []
     for make in (SyncBatchNorm, nn.BatchNorm):
         layer = make(in_channels=3, beta_initializer=mx.init.Constant(0.25))
@@ -268,10 +266,7 @@ def test_export_and_import(tmp_path, rng):
         np.save("trained.npy", mx.nd.concat(*[o.as_in_context(mx.cpu(0)) for o in outs], dim=0)
                 .asnumpy())
     """
-    environment = {**os.environ, "GLUON_SYNCBN_TIMEOUT": "20"}
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], check=True, cwd=tmp_path, env=environment
-    )
+    fresh_process.run(textwrap.dedent(script), cwd=tmp_path, GLUON_SYNCBN_TIMEOUT="20")
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), want, rtol=1e-5, atol=1e-6)
     with autograd.train_mode():
         want = net(x).asnumpy()
@@ -292,14 +287,12 @@ def test_exported_file_says_what_it_needs(tmp_path):
         "_syncbn_normalize",
     }
     script = "import mxnet as mx; mx.sym.load('net-symbol.json')"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode != 0 and "_syncbn_moments" in done.stderr
+    done = fresh_process.run(script, cwd=tmp_path, status=1)
+    assert "_syncbn_moments" in done.stderr
 
 
 def test_uses_of_a_layer_in_a_graph_are_told_apart():
-    """MXNet runs them in any order when it hides that they write the same statistics."""
+    """With static_shape MXNet may run them in any order."""
     net = Shared()
     nodes = json.loads(net(mx.sym.var("data")).tojson())["nodes"]
     uses = [n["attrs"] for n in nodes if n["op"] == "_syncbn_sum"]
@@ -358,7 +351,7 @@ def test_every_layer_has_a_key_of_its_own():
     assert len(keys) == 4
     assert first == "same_" == layers[0].key
     del layers
-    assert SyncBatchNorm(prefix="same_").key not in keys  # rounds of the old may be under way
+    assert SyncBatchNorm(prefix="same_").key not in keys  # which may still be in use
 
 
 def test_num_devices_is_one_without_gpus_and_data_parallel_model():
@@ -406,7 +399,7 @@ def test_a_symbol_trains_in_module(two):
     for data, label in batches:
         module.forward_backward(mx.io.DataBatch([mx.nd.array(data)], [mx.nd.array(label)]))
         module.update()
-    mx.nd.waitall()  # an executor, too, hides from the engine that it writes statistics
+    mx.nd.waitall()  # an executor does not tell the engine that it writes statistics
     got, statistics = module.get_params()
 
     single = convolutional(lambda: SyncBatchNorm(num_devices=1), widths=(8, 8))

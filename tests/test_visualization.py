@@ -1,4 +1,4 @@
-"""mx.viz on symbols of ours: it makes assumptions about the names and shapes of outputs."""
+"""mx.viz on our symbols: it makes assumptions about the names and shapes of outputs."""
 
 import mxnet as mx
 import pytest

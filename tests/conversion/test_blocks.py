@@ -1,4 +1,4 @@
-"""Networks that exist already: converted, reverted, and their checkpoints, both ways."""
+"""Existing networks: converted and reverted, with checkpoints loading both ways."""
 
 import mxnet as mx
 import numpy as np
@@ -113,7 +113,7 @@ def test_at_any_time(when, hybridize, rng):
     np.testing.assert_allclose(got.asnumpy(), run(wanted, x).asnumpy(), atol=1e-4)
     for name, parameter in net._collect_params_with_prefix().items():
         other = wanted._collect_params_with_prefix()[name]
-        if "running" not in name:  # which nn.BatchNorm moves at backward, once more by now
+        if "running" not in name:  # nn.BatchNorm moves them in backward, here once more
             np.testing.assert_allclose(parameter.data().asnumpy(), other.data().asnumpy())
             error = np.abs((parameter.grad() - other.grad()).asnumpy()).max()
             assert error < 1e-4, name
@@ -222,7 +222,7 @@ def shares(two):
 
 
 def synchronized(model, xs):
-    """Whether the devices' shares were normalized as one: the first is below the mean then."""
+    """Whether the shards were normalized as one batch: the first is then below the mean."""
     with autograd.record():
         ys = model(xs)
     return ys[0].asnumpy().mean() < -0.5
@@ -250,7 +250,7 @@ def test_inside_model_data_parallel(hybridize, two):
 
 
 def test_a_part_of_a_network_that_has_run(two):
-    """The network was traced with the part as it was."""
+    """The network was traced before its part was converted."""
     xs = shares(two)
     net = sequence(sequence(nn.BatchNorm()))
     net(xs[0])
@@ -281,7 +281,7 @@ def test_a_loaded_graph_in_a_network_that_has_run(two, tmp_path):
     net.hybridize()
     net(xs[0])
     assert synchronized(ModelDataParallel(net, two), xs)
-    # A number of devices that contradicts is an error, as for layers.
+    # A contradicting number of devices is an error, as for layers.
     for wrong in (1, 3):
         single = convert_sync_batchnorm(revert_batchnorm(load()), num_devices=wrong)
         with pytest.raises(ValueError, match=f"num_devices={wrong}, .*revert_batchnorm, then"):
@@ -324,7 +324,7 @@ def test_ours_stay_as_they_are():
 
 
 class Derived(nn.BatchNorm):
-    """Does who knows what."""
+    """A subclass that may do anything."""
 
 
 @pytest.mark.parametrize("odd", [nn.BatchNormReLU, Derived])

@@ -1,9 +1,6 @@
-"""Export for machines without the package: plain, folded, loaded where nobody knows of us, ONNX."""
+"""Export for machines without the package: files load in plain MXNet and as ONNX."""
 
 import contextlib
-import json
-import subprocess
-import sys
 from unittest import mock
 
 import mxnet as mx
@@ -13,6 +10,8 @@ from mxnet import autograd, gluon
 from mxnet.contrib import amp
 from mxnet.gluon import nn
 
+import fresh_process
+from exported_networks import assert_close, operators, randomize, ready, sequence
 from gluon_syncbn import (
     ConversionError,
     ModelDataParallel,
@@ -20,9 +19,6 @@ from gluon_syncbn import (
     export_for_inference,
     parallel_backward,
 )
-from gluon_syncbn.conversion.folding import fold as fold_graph
-from gluon_syncbn.conversion.graph import Graph
-from gluon_syncbn.conversion.rewriting import make_plain
 from networks import STATIC, Branches, Shared, convolutional
 
 # Runs where gluon_syncbn cannot be imported: arguments are prefix, input, output, how.
@@ -47,41 +43,11 @@ assert not any("syncbn" in name for name in dir(mx.nd._internal))
 """
 
 
-def elsewhere(prefix, x, tmp_path, how):
+def elsewhere(prefix, x, tmp_path, how, script=ELSEWHERE):
     source, target = str(tmp_path / "x"), str(tmp_path / "y")
     mx.nd.save(source, [x])
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, prefix, source, target, how],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    fresh_process.run(script, prefix, source, target, how)
     return mx.nd.load(target)[0].asnumpy()
-
-
-def randomize(net, rng):
-    """Parameters as after some training; gamma stays as it is where it counts as 1."""
-    for name, parameter in net.collect_params().items():
-        if name.endswith(("gamma", "beta", "_mean", "_var")):
-            parameter.set_data(mx.nd.array(rng.rand(*parameter.shape) + 0.5))
-
-
-def ready(net, x, rng, **options):
-    net.initialize(mx.init.Xavier())
-    net.hybridize(**options)
-    net(x)
-    randomize(net, rng)
-    return net(x).asnumpy()
-
-
-def operators(path):
-    with open(path, encoding="utf-8") as file:
-        return [node["op"] for node in json.load(file)["nodes"] if node["op"] != "null"]
-
-
-def assert_close(got, wanted):
-    assert np.abs(wanted).max() > 1e-2
-    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
 def of_any_kind():
@@ -136,114 +102,6 @@ def test_trained_networks(make, options, tmp_path, rng):
         np.testing.assert_array_equal(parameter.data(contexts[0]).asnumpy(), before[name])
 
 
-def sequence(*layers):
-    net = nn.HybridSequential()
-    net.add(*layers)
-    return net
-
-
-class Twice(gluon.HybridBlock):
-    """A convolution whose output is read in front of the normalization, too."""
-
-    def __init__(self):
-        super().__init__()
-        with self.name_scope():
-            self.layer, self.norm = nn.Conv2D(4, 1), SyncBatchNorm()
-
-    def hybrid_forward(self, F, x):
-        x = self.layer(x)
-        return self.norm(x) + x
-
-
-class SharedWeight(gluon.HybridBlock):
-    """Two dense layers with one weight, of which one is normalized."""
-
-    def __init__(self):
-        super().__init__()
-        with self.name_scope():
-            self.one = nn.Dense(4, use_bias=False, in_units=4)
-            self.two = nn.Dense(4, use_bias=False, params=self.one.params)
-            self.norm = SyncBatchNorm()
-
-    def hybrid_forward(self, F, x):
-        return self.norm(self.one(x)) + self.two(x)
-
-
-IMAGE, ROW, SERIES = (2, 4, 6, 6), (3, 4), (2, 5, 4)
-
-
-@pytest.mark.parametrize(
-    "make, shape, left",
-    [
-        (lambda: sequence(nn.Conv2D(6, 3), SyncBatchNorm(epsilon=0.5)), IMAGE, 0),
-        (lambda: sequence(nn.Conv2D(6, 3, use_bias=False), SyncBatchNorm(scale=False)), IMAGE, 0),
-        (lambda: sequence(nn.Conv2D(8, 3, groups=4), SyncBatchNorm()), IMAGE, 0),
-        (lambda: sequence(nn.Conv1D(6, 3), SyncBatchNorm()), SERIES, 0),
-        (lambda: sequence(nn.Conv2DTranspose(6, 3), SyncBatchNorm()), IMAGE, 0),
-        (
-            lambda: sequence(
-                nn.Conv2DTranspose(6, 3, groups=2, use_bias=False, in_channels=4), SyncBatchNorm()
-            ),
-            IMAGE,
-            0,
-        ),
-        (lambda: sequence(nn.Dense(6), SyncBatchNorm()), IMAGE, 0),
-        (lambda: sequence(nn.Dense(6, use_bias=False), SyncBatchNorm(axis=-1)), ROW, 0),
-        (lambda: sequence(nn.Dense(6, flatten=False), SyncBatchNorm(axis=-1)), SERIES, 0),
-        # axis 1 is not where the dense layer's channels are
-        (lambda: sequence(nn.Dense(6, flatten=False), SyncBatchNorm(axis=1)), SERIES, 1),
-        (lambda: sequence(nn.Conv2D(6, 3), SyncBatchNorm(axis=2)), IMAGE, 1),
-        (lambda: sequence(nn.Conv2D(6, 3), nn.Activation("relu"), SyncBatchNorm()), IMAGE, 1),
-        (lambda: sequence(nn.Conv2D(6, 3), SyncBatchNorm(), SyncBatchNorm()), IMAGE, 1),
-        (lambda: sequence(SyncBatchNorm(), nn.Conv2D(6, 3)), IMAGE, 1),
-        (Twice, IMAGE, 1),
-        (SharedWeight, ROW, 1),
-    ],
-)
-def test_folding(make, shape, left, tmp_path, rng):
-    x = mx.nd.array(rng.randn(*shape))
-    net = make()
-    wanted = ready(net, x, rng)
-    for parameter in net.collect_params(".*bias").values():
-        parameter.set_data(mx.nd.array(rng.randn(*parameter.shape)))
-    wanted = net(x).asnumpy()
-    files = export_for_inference(net, str(tmp_path / "net"), fold=True)
-    assert operators(files[0]).count("BatchNorm") == left
-    loaded = gluon.SymbolBlock.imports(files[0], ["data"], files[1])
-    assert_close(loaded(x).asnumpy(), wanted)
-    # Nothing is left of the layers that were folded, and outputs are called what they were.
-    assert sum("gamma" in name for name in mx.nd.load(files[1])) == left
-    outputs = mx.sym.load(files[0]).list_outputs()
-    assert outputs == net._cached_graph[1].list_outputs()
-
-
-def test_folding_into_a_deconvolution_that_says_nothing_of_a_bias(tmp_path, rng):
-    """MXNet's Deconvolution has none by default, its Convolution has one; Gluon always says."""
-    data = mx.sym.var("data")
-    up = mx.sym.Deconvolution(data, name="up", num_filter=4, kernel=(3, 3))
-    assert up.list_arguments() == ["data", "up_weight"]
-    net = gluon.SymbolBlock(mx.sym.BatchNorm(up, name="norm", fix_gamma=False), data)
-    x = mx.nd.array(rng.randn(2, 3, 6, 6))
-    net.initialize(mx.init.Uniform())
-    net(x)
-    randomize(net, rng)
-    wanted = net(x).asnumpy()
-    files = export_for_inference(net, str(tmp_path / "net"), fold=True)
-    assert operators(files[0]) == ["Deconvolution"]
-    assert_close(gluon.SymbolBlock.imports(files[0], ["data"], files[1])(x).asnumpy(), wanted)
-
-
-def test_channels_last_convolutions_are_left_alone(rng):
-    """Their weights lie otherwise, and the CPU cannot run them, so nothing could be checked."""
-    x = mx.sym.Convolution(
-        mx.sym.var("data"), name="conv", num_filter=2, kernel=(1, 1), layout="NHWC"
-    )
-    graph = Graph(mx.sym.BatchNorm(x, name="norm"))
-    names = graph.symbol().list_arguments() + graph.symbol().list_auxiliary_states()
-    make_plain(graph)
-    assert fold_graph(graph, {name: mx.nd.ones(2) for name in names}) == 0
-
-
 def test_export_and_back_with_the_package(tmp_path, rng):
     """net.export itself: SymbolBlock and Module load it after import gluon_syncbn."""
     x = mx.nd.array(rng.randn(4, 3, 8, 8))
@@ -252,10 +110,9 @@ def test_export_and_back_with_the_package(tmp_path, rng):
     net.export(str(tmp_path / "net"))
     script = ELSEWHERE.replace('sys.modules["gluon_syncbn"] = None', "import gluon_syncbn")
     script = script.replace("assert not any", "assert any")
-    with mock.patch(f"{__name__}.ELSEWHERE", script):
-        for how in ("SymbolBlock", "Module"):
-            assert_close(elsewhere(str(tmp_path / "net"), x, tmp_path, how), wanted)
-    with pytest.raises(AssertionError, match="_syncbn"):  # the plain one is for these
+    for how in ("SymbolBlock", "Module"):
+        assert_close(elsewhere(str(tmp_path / "net"), x, tmp_path, how, script), wanted)
+    with pytest.raises(AssertionError, match="_syncbn"):  # for this there is export_for_inference
         elsewhere(str(tmp_path / "net"), x, tmp_path, "SymbolBlock")
 
 
@@ -273,29 +130,8 @@ def test_float16(fold, tmp_path, rng):
     np.testing.assert_allclose(got.asnumpy(), wanted, rtol=2e-3, atol=2e-3)
 
 
-def test_folding_in_float16(tmp_path, rng):
-    """What is written, since MXNet cannot run it here."""
-    net = sequence(nn.Dense(4, in_units=3, use_bias=False), SyncBatchNorm(in_channels=4))
-    net.cast("float16")
-    net.initialize()
-    randomize(net, rng)
-    data = mx.sym.var("data", dtype="float16")
-    block = gluon.SymbolBlock(net(data), data, params=net.collect_params())
-    files = export_for_inference(block, str(tmp_path / "dense"), fold=True)
-    weight, bias = mx.nd.load(files[1]).values()
-    assert weight.dtype == bias.dtype == np.float16
-    norm, dense = net[1], net[0].weight.data().asnumpy().astype("float64")
-    gamma, beta, mean, var = (
-        p.data().asnumpy().astype("float64")
-        for p in (norm.gamma, norm.beta, norm.running_mean, norm.running_var)
-    )
-    k = gamma / np.sqrt(var + 1e-5)
-    np.testing.assert_allclose(weight.asnumpy(), k[:, None] * dense, rtol=1e-3)
-    np.testing.assert_allclose(bias.asnumpy(), beta - k * mean, rtol=1e-3, atol=1e-3)
-
-
 def types_fit(files):
-    """What plain MXNet says of the dtypes in a symbol and its parameters."""
+    """Infer the dtypes of a symbol and its parameters with plain MXNet."""
     types = {name[4:]: value.dtype for name, value in mx.nd.load(files[1]).items()}
     return mx.sym.load(files[0]).infer_type(data="float32", **types)[1]
 
@@ -373,7 +209,7 @@ def test_a_layer_in_a_loop_is_refused_and_nothing_is_written(tmp_path):
 
 
 def test_a_gamma_of_two_minds(tmp_path, rng):
-    """One layer takes it as it is, another as 1; a third computes its own."""
+    """One layer uses it, one takes it as 1, and a third computes its own."""
     data, gamma = mx.sym.var("data"), mx.sym.var("gamma")
     x = mx.sym.BatchNorm(data, gamma=gamma, name="free", fix_gamma=False)
     x = mx.sym.BatchNorm(x, gamma=gamma, name="fixed", fix_gamma=True)
@@ -383,7 +219,7 @@ def test_a_gamma_of_two_minds(tmp_path, rng):
     batch = mx.nd.array(rng.randn(4, 3, 8))
     net(batch)
     randomize(net, rng)
-    # (MXNet sets it to 1 where it runs the layer that takes it so.)
+    # (Running the layer with fix_gamma sets it to 1.)
     net.collect_params()["gamma"].set_data(mx.nd.array([2.0, 3.0, 4.0]))
     files = export_for_inference(net, str(tmp_path / "net"))
     values = mx.nd.load(files[1])
@@ -423,7 +259,7 @@ def test_parameters_that_do_not_fit_are_named_and_nothing_is_written(tmp_path, r
     assert not list(tmp_path.iterdir())
 
 
-OPSET = 13  # the latest that MXNet 1.9.1 writes; it declares whatever is onnx's own latest
+OPSET = 13  # the latest that MXNet 1.9.1 writes, though it declares the latest of the onnx package
 
 
 @contextlib.contextmanager
@@ -444,7 +280,7 @@ def run_onnx(path, x):
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # weights are listed as inputs, too, which it warns of
+    options.log_severity_level = 3  # it warns that weights are listed as inputs
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return session.run(None, {session.get_inputs()[0].name: x})[0]
@@ -457,7 +293,7 @@ def test_onnx(make, fold, tmp_path, rng):
     net = make()
     wanted = ready(net, x, rng)
     for layer in net.collect_params(".*gamma").values():
-        if layer.grad_req == "null":  # taken as 1, whatever it is; MXNet's exporter forgets that
+        if layer.grad_req == "null":  # counts as 1, which MXNet's exporter ignores
             layer.set_data(mx.nd.full(layer.shape, 3.0))
     files = export_for_inference(net, str(tmp_path / "net"), fold=fold)
     path = str(tmp_path / "net.onnx")

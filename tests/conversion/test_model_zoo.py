@@ -29,7 +29,7 @@ SIZES = {"inceptionv3": 299, "densenet": 224, "alexnet": 224, "squeezenet": 224}
 
 
 def all_names():
-    """What get_model knows, which it lists for a name that it does not know."""
+    """List the names that get_model knows: the error for an unknown one has them."""
     try:
         vision.get_model("")
     except ValueError as error:
@@ -81,7 +81,7 @@ def test_converted_it_computes_the_same(name, rng):
     # Deep networks pass on what another order of float32 sums changes: unconverted, resnet152_v1
     # changes by 1.2e-3 when the last bit of its input does.
     assert_close(got, training, 5e-3)
-    if norms:  # and not what each device by itself gives
+    if norms:  # differs from each device by itself
         assert np.abs(got - apart).max() > 5e-2 * np.abs(training).max()
 
 

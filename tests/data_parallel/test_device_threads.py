@@ -1,22 +1,22 @@
-"""A thread for each device: interrupted, forked, and asked for from within."""
+"""One thread a device: interrupted, forked, and called from within a network."""
 
-import subprocess
-import sys
 import threading
 import time
 
 import mxnet as mx
 import numpy as np
 import pytest
-from mxnet import autograd
+from mxnet import autograd, gluon
+from mxnet.gluon import nn
 
-from gluon_syncbn import ModelDataParallel, SyncBatchNorm
+import fresh_process
+from gluon_syncbn import ModelDataParallel, SyncBatchNorm, parallel_backward
 from gluon_syncbn.data_parallel import device_threads
-from networks import split
+from networks import convolutional, split
 
 
 def test_an_interruption_while_the_devices_are_given_their_parts(two, rng, monkeypatch):
-    """The device that has its part already waits for one that will never have it."""
+    """The first device has started and waits for the second, which never will."""
     net = SyncBatchNorm(in_channels=3)
     net.initialize(ctx=two)
     model = ModelDataParallel(net, two)
@@ -45,7 +45,7 @@ def test_an_interruption_while_the_devices_are_given_their_parts(two, rng, monke
 
 
 def test_a_forked_child_trains_though_the_parents_locks_were_held():
-    """The child has none of the parent's threads, so nobody who would open the locks for it."""
+    """The threads that hold the locks do not exist in the child."""
     script = """
 import os, signal, threading
 import mxnet as mx
@@ -83,8 +83,7 @@ go.set()
 step()
 raise SystemExit(status != 0)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=200)
-    assert done.returncode == 0, done.stderr.decode()
+    fresh_process.run(script, timeout=200)
 
 
 def test_run_on_gives_and_raises_what_the_function_does(two):
@@ -96,4 +95,91 @@ def test_run_on_gives_and_raises_what_the_function_does(two):
     inner = device_threads.run_on(
         two[0], lambda: device_threads.run_on(two[1], threading.current_thread)
     )
-    assert inner.name == "gluon_syncbn-cpu(0)_0"  # right there: two could wait for each other
+    assert inner.name == "gluon_syncbn-cpu(0)_0"  # not in another: two could wait for each other
+
+
+def test_threads_are_kept(two):
+    model = ModelDataParallel(convolutional(), two)
+    model.initialize(ctx=two)
+    for _ in range(2):
+        model([mx.nd.ones((1, 3, 8, 8), ctx=c) for c in two])
+    before = {t.ident for t in threading.enumerate()}
+    for _ in range(10):
+        model([mx.nd.ones((1, 3, 8, 8), ctx=c) for c in two])
+    assert {t.ident for t in threading.enumerate()} == before
+
+
+def test_recording_and_training_mode_are_carried_over(two):
+    seen = []
+
+    def look(x):
+        seen.append((autograd.is_recording(), autograd.is_training()))
+        return x
+
+    model = ModelDataParallel(nn.Lambda(look), two)
+    xs = [mx.nd.ones(1, ctx=c) for c in two]
+    for scope, state in (
+        (autograd.record(), (True, True)),
+        (autograd.record(train_mode=False), (True, False)),
+        (autograd.train_mode(), (False, True)),
+        (autograd.predict_mode(), (False, False)),
+    ):
+        seen.clear()
+        with scope:
+            model(xs)
+        assert seen == [state] * 2
+
+
+def test_calling_a_model_from_within_a_network_is_refused(two):
+    inner = ModelDataParallel(SyncBatchNorm(in_channels=1), two)
+    inner.initialize(ctx=two)
+    xs = [mx.nd.ones((1, 1), ctx=c) for c in two]
+    outer = ModelDataParallel(nn.Lambda(lambda x: inner(xs)[0]), two)
+    with pytest.raises(RuntimeError, match="would wait for itself"):
+        outer(xs)
+
+
+def test_data_loader_workers_during_training(two, rng):
+    """Forked worker processes have none of the device threads, and need none."""
+    net = SyncBatchNorm()
+    net.initialize(ctx=two)
+    model = ModelDataParallel(net, two)
+    data = gluon.data.ArrayDataset(rng.randn(32, 3).astype("float32"))
+    for _ in range(2):
+        for batch in gluon.data.DataLoader(data, 8, num_workers=2):
+            with autograd.record():
+                outs = model(split(batch.asnumpy(), two))
+            parallel_backward(outs)
+    mx.nd.waitall()
+
+
+def test_interrupting_a_call_leaves_a_working_model():
+    script = """
+import os, signal, threading, time, mxnet as mx
+from gluon_syncbn import ModelDataParallel, SyncBatchNorm
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job in the background
+contexts = [mx.cpu(0), mx.cpu(1)]
+class Slow(mx.gluon.Block):
+    slow = False
+    def __init__(self):
+        super().__init__()
+        self.norm = SyncBatchNorm(in_channels=1)
+    def forward(self, x):
+        if self.slow and x.context == contexts[1]:
+            time.sleep(3)
+        return self.norm(x)
+net = Slow()
+net.initialize(ctx=contexts)
+model = ModelDataParallel(net, contexts)
+xs = [mx.nd.full((1, 1), i, ctx=c) for i, c in enumerate(contexts)]
+with mx.autograd.train_mode():
+    model(xs)
+    net.slow = True
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        model(xs)
+    except KeyboardInterrupt:
+        net.slow = False
+        print([round(float(o.asscalar()), 1) for o in model(xs)])
+"""
+    assert fresh_process.run(script).stdout.strip() == "[-1.0, 1.0]"

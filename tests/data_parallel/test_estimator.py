@@ -6,12 +6,7 @@ import pytest
 from mxnet import autograd, gluon
 from mxnet.gluon.contrib.estimator import CheckpointHandler, Estimator
 
-from gluon_syncbn import (
-    DataParallelCriterion,
-    ModelDataParallel,
-    SyncBatchNorm,
-    parallel_backward,
-)
+from gluon_syncbn import DataParallelCriterion, ModelDataParallel, SyncBatchNorm, parallel_backward
 from gluon_syncbn.estimator import DataParallelBatchProcessor
 from networks import STATIC, assert_same_training, convolutional, data_for, split
 
@@ -162,7 +157,7 @@ def test_estimator_with_the_batch_on_another_axis(two):
 
 @pytest.mark.parametrize("there", [0, 1])
 def test_parameters_on_one_device_are_put_on_all(there, two):
-    """The Trainer, too, was made for one."""
+    """The Trainer was made for one as well."""
 
     def run(contexts):
         net = initialized(contexts)

@@ -1,6 +1,6 @@
 """GluonCV as it is on our layers: its models, in our ModelDataParallel and in its own wrappers.
 
-Only where it is asked for, since GluonCV wants an environment of its own: `make gluoncv`.
+Skipped by default, since GluonCV needs an environment of its own: run `make gluoncv`.
 """
 
 import mxnet as mx
@@ -465,7 +465,7 @@ def pyramid(norm_layer, **options):
 
 
 def test_a_pyramid_of_symbols(tmp_path):
-    """What takes sym_norm_layer=mx.sym.contrib.SyncBatchNorm takes ours."""
+    """Ours works as sym_norm_layer, in the place of mx.sym.contrib.SyncBatchNorm."""
     contexts, file = [mx.cpu(0), mx.cpu(1)], str(tmp_path / "pyramid.params")
     x = mx.nd.random.normal(shape=(5, 3, 64, 64))
     results = []

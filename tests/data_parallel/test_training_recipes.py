@@ -1,7 +1,6 @@
 """Steps that are more than one forward and one backward: as one device with the whole batch.
 
-One layer in two places of a network that do not depend on each other is in
-test_model_data_parallel.py (`Shared`).
+One layer in two independent places of a network is in test_model.py (`Shared`).
 """
 
 import mxnet as mx
@@ -10,21 +9,15 @@ import pytest
 from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
-from gluon_syncbn import (
-    DataParallelCriterion,
-    ModelDataParallel,
-    SyncBatchNorm,
-    parallel_backward,
-)
-from networks import STATIC, assert_same_training, convolutional, data_for, split
+from gluon_syncbn import DataParallelCriterion, ModelDataParallel, SyncBatchNorm, parallel_backward
+from networks import MODES, assert_same_training, convolutional, data_for, split
 
 OPTIMIZER = {"learning_rate": 0.05, "momentum": 0.9}
 TWO = [mx.cpu(0), mx.cpu(1)]
-MODES = [None, {}, {"static_alloc": True}, STATIC]
 hybridized = pytest.mark.parametrize("hybridize", MODES)
 # In a graph with static_shape, MXNet 1.9.1 keeps writing gradients to the arrays of the first
 # backward.  It takes others where a network runs a varying number of times before a backward, or
-# its grad_req changes while a graph is retained: wrong on one device and without our layers, too.
+# its grad_req changes while a graph is retained: wrong even on one device, without our layers.
 not_static_shape = pytest.mark.parametrize("hybridize", MODES[:-1])
 
 
@@ -33,7 +26,7 @@ def small(norm=SyncBatchNorm):
 
 
 class Run:
-    """What a recipe is written with: networks on some devices, and what came of them."""
+    """The tools of a recipe: networks on some devices, and their results."""
 
     def __init__(self, contexts, hybridize):
         mx.random.seed(3)

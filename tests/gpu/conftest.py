@@ -12,12 +12,13 @@ that are emulated.
 import pathlib
 import sys
 
-TESTS = pathlib.Path(__file__).resolve().parent.parent
+HERE = pathlib.Path(__file__).resolve().parent
+TESTS = HERE.parent
 # At the end: a package that is on the path already comes first.
-sys.path += [str(TESTS / "helpers"), str(TESTS.parent / "python")]
+sys.path += [str(HERE), str(TESTS / "helpers"), str(TESTS.parent / "python")]
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if pathlib.Path(__file__).parent in item.path.parents:
+        if HERE in item.path.parents:
             item.add_marker("gpu")

@@ -1,9 +1,9 @@
 """MXNet's GPUs, as the tests here use them.
 
-Only our operators and copies run on them, so that a GPU that mxnet-cu112 has no kernels for does,
-too, and an emulated one (tests/emulated_cuda.py): gradients and heads are explicit, and nothing is
-computed with MXNet's own operators.  (An operator that fails is no harmless one: MXNet can crash
-when the process ends.)
+Only our operators and copies run on them, so the tests work with GPUs that mxnet-cu112 has no
+kernels for, and with emulated ones (helpers/emulated_cuda.py): gradients and heads are explicit,
+and nothing is computed with MXNet's own operators.  (After one has failed, MXNet can crash when
+the process ends.)
 """
 
 import os

@@ -2,8 +2,6 @@
 
 import ctypes
 import pathlib
-import subprocess
-import sys
 
 import mxnet as mx
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 from mxnet import autograd
 from mxnet.gluon import nn
 
+import fresh_process
 from deadline import deadline  # noqa: F401
 from gluon_syncbn import ModelDataParallel, SyncBatchNorm, parallel_backward
 from mxnet_gpus import (
@@ -213,7 +212,7 @@ import mxnet as mx, gluon_syncbn
 x = mx.nd.array([1, 2, 3], ctx=mx.gpu(0))
 y = mx.nd.contrib.KeyBarrierSum(x, key="lonely", num_devices=2)
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    fresh_process.run(script, timeout=60)
 
 
 @pytest.mark.filterwarnings("ignore:register_op_hook")
@@ -269,9 +268,7 @@ net = mx.gluon.SymbolBlock.imports(*files, ctx=mx.gpu(1))
 x = mx.nd.array(np.load(f"{folder}/x.npy"), ctx=mx.gpu(1))
 np.save(f"{folder}/y.npy", net(x).asnumpy())
 """
-    subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), str(HERE)], check=True, timeout=120
-    )
+    fresh_process.run(script, tmp_path, HERE)
     assert largest_error(np.load(tmp_path / "y.npy"), wanted) < 1e-6
 
 
@@ -290,7 +287,7 @@ def test_nothing_is_allocated_in_the_steady_state(mode):
         mx.nd.waitall()
 
     count = ctypes.CDLL("libcudart.so.11.0").EmulatedAllocations
-    # A worker allocates when it runs its first operation of a layer, which can be late.
+    # A worker allocates in its first operation of a layer, which can come late.
     for _ in range(8):
         before = count()
         for _ in range(10):

@@ -8,7 +8,7 @@ import gluon_syncbn
 
 @pytest.fixture(autouse=True)
 def deadline():
-    """Fail after 30 seconds of waiting instead of 120; a failure that no test read is one, too."""
+    """Fail after 30 seconds of waiting instead of 120; so is an error that no test has read."""
     gluon_syncbn.set_timeout(30)
     yield
     gluon_syncbn.set_timeout(30)

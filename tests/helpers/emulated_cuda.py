@@ -2,7 +2,7 @@
 
     python tests/helpers/emulated_cuda.py FOLDER
 
-writes FOLDER/lib/libcudart.so.11.0, on which MXNet's CUDA build runs (beside cuda_standins.py's
+writes FOLDER/lib/libcudart.so.11.0, on which MXNet's CUDA build runs (with cuda_standins.py's
 libraries), and FOLDER/python/gluon_syncbn, this package with a CUDA side for it.  Then, with
 EMULATED_GPUS=2, say, there are mx.gpu(0) and mx.gpu(1), which run our operators and copies, but
 no operator of MXNet's own.  See cuda_emulation/runtime.cc.

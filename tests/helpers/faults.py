@@ -1,14 +1,15 @@
-"""Runs scripts in processes where calls of MXNet and the system fail on demand (faults.c)."""
+"""Run scripts in processes where calls of MXNet and the system fail on demand (faults.c)."""
 
 import functools
 import os
 import subprocess
-import sys
 import tempfile
+
+import fresh_process
 
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "faults.c")
 
-# `faults.pushes.value = 2` in a script lets the next two pushes fail.
+# `faults.pushes.value = 2` in a script makes the next two pushes fail.
 PRELUDE = """
 import ctypes
 import time
@@ -37,15 +38,6 @@ def _library():
 
 
 def run(script, timeout=240, **environment):
-    """Run ``script`` behind the prelude; return what it printed, and fail where it failed."""
+    """Run ``script`` after the prelude, as :func:`fresh_process.run`."""
     preload = {"LD_PRELOAD": _library()[1], "MALLOC_PERTURB_": "255"}
-    done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + script],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, **preload, **environment},
-        timeout=timeout,
-    )
-    assert done.returncode == 0, f"exit status {done.returncode}:\n{done.stdout}"
-    return done.stdout
+    return fresh_process.run(PRELUDE + script, timeout=timeout, **preload, **environment)

@@ -5,6 +5,7 @@ end it.
 """
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -15,8 +16,8 @@ def run(script, *arguments, timeout=120, status=0, cwd=None, **environment):
 
     Parameters
     ----------
-    script : str
-        Python code.
+    script : str or pathlib.Path
+        Python code, or the file that has it.
     *arguments : str
         Its ``sys.argv[1:]``.
     timeout : float, default 120
@@ -46,8 +47,9 @@ def run(script, *arguments, timeout=120, status=0, cwd=None, **environment):
         "PYTHONFAULTHANDLER": "1",
         **environment,
     }
+    source = [script] if isinstance(script, pathlib.Path) else ["-c", script]
     process = subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, arguments)],
+        [sys.executable, *map(str, [*source, *arguments])],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,4 +1,4 @@
-"""Training by mx.mod.Module that several tests share."""
+"""Training by mx.mod.Module, shared by several tests."""
 
 import mxnet as mx
 import numpy as np
@@ -6,12 +6,12 @@ import numpy as np
 from gluon_syncbn import SyncBatchNorm
 from paths import DATA
 
-# What `exported` gave in the first version: files of users look like that.
+# `exported` as written by the first version: users have such files.
 EXPORTED = DATA / "exported-by-0.1.0-symbol.json"
 
 
 def exported(num_devices=2):
-    """What a network exports, with an exchange of the user's own behind it."""
+    """Compose what a network exports, followed by a KeyBarrierSum of the user's."""
     net = mx.gluon.nn.HybridSequential(prefix="net_")
     with net.name_scope():
         net.add(mx.gluon.nn.Conv2D(4, 3), SyncBatchNorm(num_devices=num_devices))

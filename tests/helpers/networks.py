@@ -1,4 +1,6 @@
-"""Networks and training runs that several tests share."""
+"""Networks and training runs shared by several tests."""
+
+import functools
 
 import mxnet as mx
 import numpy as np
@@ -13,6 +15,7 @@ from gluon_syncbn import (
 )
 
 STATIC = {"static_alloc": True, "static_shape": True}
+MODES = [None, {}, {"static_alloc": True}, STATIC]  # None: not hybridized
 
 # Smooth: MKL-DNN's convolutions round differently with the size of the batch, by another amount on
 # every kind of CPU, and where relu has its kink a rounding error is a different gradient.
@@ -140,3 +143,40 @@ def assert_same_training(got, wanted, tolerance=2e-5):
             )
         if "running" in name:
             assert len({array.tobytes() for array in arrays}) == 1, f"{name} differs"
+
+
+def ones(context, shape=(2, 3), **kwargs):
+    return mx.nd.ones(shape, ctx=context, **kwargs)
+
+
+class SegmentationNet(gluon.HybridBlock):
+    """A network in the form of GluonCV's: a tuple of outputs, one an auxiliary head."""
+
+    def __init__(self, aux, **norm):
+        super().__init__()
+        self.aux = aux
+        with self.name_scope():
+            self.body = convolutional(functools.partial(SyncBatchNorm, **norm), (4, 6), "body_")
+            self.head = nn.Dense(3)
+            if aux:
+                self.auxiliary = nn.Dense(3)
+
+    def hybrid_forward(self, F, x):
+        x = self.body(x)
+        return (self.head(x), self.auxiliary(x)) if self.aux else (self.head(x),)
+
+    def evaluate(self, x, scale=1):
+        return self.forward(x)[0] * scale
+
+
+class EvalModel:
+    """GluonCV's SegEvalModel: no Block."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __call__(self, *inputs, **kwargs):
+        return self.module.evaluate(*inputs, **kwargs)
+
+    def collect_params(self):
+        return self.module.collect_params()

@@ -4,7 +4,6 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
-HELPERS = TESTS / "helpers"
 DATA = TESTS / "data"
 OPERATOR = ROOT / "src" / "operator"
 PACKAGE = ROOT / "python" / "gluon_syncbn"

@@ -1,4 +1,4 @@
-"""Batch normalization in NumPy and float64, the whole batch at once: what all else must agree with.
+"""Reference: batch normalization in NumPy and float64, the whole batch at once.
 
 The gradient is the formula of Ioffe and Szegedy, https://arxiv.org/abs/1502.03167, section 3.
 """
@@ -61,7 +61,7 @@ def batch_norm_far_from_zero(xs, offset, *args, **kwargs):
 
 
 def moments(rows):
-    """What a device brings to the exchange: means, sums of squares about them, the count."""
+    """Compute what a device contributes: means, sums of squares about them, the count."""
     mean = rows.mean(0) if len(rows) else np.zeros(rows.shape[1])
     return np.concatenate([mean, ((rows - mean) ** 2).sum(0), [len(rows)]])
 

@@ -1,9 +1,8 @@
-"""Executors: mirrored operators, and several CPU contexts in Module, whatever is between layers."""
+"""Executors: mirrored operators, several CPU contexts in Module, and the order of passes."""
 
 import json
 import os
-import subprocess
-import sys
+import pathlib
 import threading
 
 import mxnet as mx
@@ -12,6 +11,7 @@ import pytest
 from mxnet import autograd
 from mxnet.executor import Executor
 
+import fresh_process
 import gluon_syncbn
 from gluon_syncbn import SyncBatchNorm, convert_symbol
 from gluon_syncbn.hooks.executors import MIRROR_VARIABLE
@@ -110,7 +110,7 @@ class Twice(mx.operator.CustomOpProp):
 
 
 def run_mirrored():
-    """For a process of its own: MXNet ends it where an operator of the user's cannot be made."""
+    """Run in a fresh process: MXNet ends it if a Custom operator cannot be made."""
     x = mx.sym.Custom(mx.sym.var("data"), op_type="syncbn_test_twice")
     executor = SyncBatchNorm(num_devices=1, prefix="alone_")(x).simple_bind(mx.cpu(), data=(2, 3))
     executor.forward(is_train=True)
@@ -121,22 +121,16 @@ def run_mirrored():
 
 
 def test_mirroring_in_a_fresh_process():
-    """As it is used: the variable is there before MXNet is."""
-    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    ran = subprocess.run(
-        [sys.executable, "-c", "import test_executors; test_executors.run_mirrored()"],
-        env={**os.environ, MIRROR_VARIABLE: "1", "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=120,
-    )
-    assert ran.returncode == 0
-    got = {k: np.array(v) for k, v in json.loads(ran.stdout.splitlines()[-1]).items()}
+    """As users have it: the variable is set before MXNet is imported."""
+    script = "import sys; sys.path.append(sys.argv[1]); import test_executors as tests"
+    here = pathlib.Path(__file__).parent
+    done = fresh_process.run(f"{script}; tests.run_mirrored()", here, **{MIRROR_VARIABLE: "1"})
+    got = {k: np.array(v) for k, v in json.loads(done.stdout.splitlines()[-1]).items()}
     assert_same(got, fit(written(2), 2, epochs=1))
 
 
 def test_what_is_mirrored(mirror):
-    """All that MXNet would, less ours: the memory that it saves is still saved."""
+    """What MXNet would mirror, less our operators, so it still saves that memory."""
     x = mx.sym.Convolution(mx.sym.var("data"), num_filter=4, kernel=(3, 3), name="conv")
     x = mx.sym.Activation(SyncBatchNorm(num_devices=2, prefix="norm_")(x), act_type="softrelu")
     x = mx.sym.Dropout(x * 2, p=0.5)
@@ -164,7 +158,7 @@ def test_what_is_mirrored(mirror):
 
 
 def test_mirroring_by_attribute():
-    """Asked for explicitly, for our nodes, too."""
+    """The attribute is set on all nodes, ours included."""
     with mx.AttrScope(force_mirroring="True"):
         sym = layers(1, count=2)
     executor = sym.simple_bind(mx.cpu(), data=(2, *SHAPE))
@@ -334,7 +328,7 @@ def trained_in_buckets(devices, between):
 
 
 def test_buckets():
-    """Executors that share memory."""
+    """Their executors share memory."""
     assert_same(trained_in_buckets(2, plainly), trained_in_buckets(1, plainly))
     trained_in_buckets(2, dropout)
 
@@ -416,7 +410,7 @@ def test_inference_right_after_training(devices):
 
 
 def test_a_device_that_does_not_come():
-    """An error, and the next step works."""
+    """It is an error on the other, and the next step works."""
     executors = bound_by_hand(layers(2))
     gluon_syncbn.set_timeout(0.5)
     (output,) = executors[0].forward(is_train=True)
@@ -446,7 +440,7 @@ def test_other_symbols_are_left_alone():
 
 @pytest.mark.parametrize("num_devices, own", [(1, False), (2, True)])
 def test_which_thread_runs_an_executor(num_devices, own):
-    """The caller's, where nobody meets."""
+    """The caller's, unless layers are synchronized."""
     threads = set()
     executor = layers(num_devices).simple_bind(mx.cpu(), data=(2, *SHAPE))
     executor.set_monitor_callback(lambda *_: threads.add(threading.current_thread()))

@@ -1,4 +1,4 @@
-"""What Gluon does once for a block, while several devices call it: initialize and trace."""
+"""Initializing and tracing, which Gluon does once for a block, while several devices call it."""
 
 import threading
 
@@ -9,9 +9,7 @@ from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
 from gluon_syncbn import ModelDataParallel, SyncBatchNorm, convert_sync_batchnorm, parallel_backward
-from networks import STATIC, convolutional, split
-
-MODES = [None, {}, {"static_alloc": True}, STATIC]
+from networks import MODES, STATIC, convolutional, split
 
 
 class Switched(gluon.Block):
@@ -179,7 +177,7 @@ def test_a_traced_network_notices_that_a_part_was_converted(hybridize, rng):
 
 
 def test_networks_called_by_hand_in_several_threads_are_traced_once(two):
-    """As GluonCV's own wrapper calls them."""
+    """As GluonCV's own wrapper does."""
     for _ in range(5):
         net = nn.HybridSequential()
         net.add(nn.Conv2D(4, 3), SyncBatchNorm(num_devices=2), nn.Dense(2))

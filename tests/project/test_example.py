@@ -1,28 +1,26 @@
-"""What a newcomer runs: the example, and the code in the README and in docstrings."""
+"""What new users run: the example, and the code in the README and in docstrings."""
 
 import doctest
 import importlib
 import os
 import re
 import subprocess
-import sys
 
 import mxnet as mx
 import pytest
 
+import fresh_process
 import gluon_syncbn
 from paths import ROOT
 
 
 def run_example(*arguments, **options):
-    command = [sys.executable, os.path.join(ROOT, "examples", "mnist.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    return fresh_process.run(ROOT / "examples" / "mnist.py", *arguments, timeout=300, **options)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--hybridize", "--num-devices", "3"]])
 def test_digits_reach_97_percent(arguments, tmp_path):
-    done = run_example("--out", str(tmp_path), *arguments)
-    assert done.returncode == 0, done.stderr
+    done = run_example("--out", tmp_path, *arguments)
     accuracy = [float(a) for a in re.findall(r"test accuracy (\S+)%", done.stdout)]
     assert len(accuracy) == 8 and accuracy[-1] >= 97, done.stdout
     assert len(re.findall(r"loss \d", done.stdout)) == 8
@@ -37,21 +35,21 @@ def test_digits_reach_97_percent(arguments, tmp_path):
 
 def test_the_seed_decides(tmp_path):
     outs = [
-        run_example("--epochs", "1", "--out", str(tmp_path), "--seed", seed).stdout.split("trained")
-        for seed in ("1", "1", "2")
+        run_example("--epochs", 1, "--out", tmp_path, "--seed", seed).stdout.split("trained")
+        for seed in (1, 1, 2)
     ]
     assert outs[0][0] == outs[1][0] != outs[2][0]
 
 
 def test_bad_arguments():
-    done = run_example("--num-devices", "0")
-    assert done.returncode == 2 and "--num-devices must be 1 or more" in done.stderr
-    done = run_example("--ctx", "gpu")
-    assert done.returncode == 1 and "GPUs are visible" in done.stderr
+    done = run_example("--num-devices", 0, status=2)
+    assert "--num-devices must be 1 or more" in done.stderr
+    done = run_example("--ctx", "gpu", status=1)
+    assert "GPUs are visible" in done.stderr
 
 
 def code_of(document):
-    """The Python of a document, each line where it is there; not what is marked as "skip"."""
+    """Extract a document's Python, keeping line numbers, without parts marked "skip"."""
     with open(os.path.join(ROOT, document), encoding="utf-8") as file:
         parts = re.split(r"(```python\n.*?```)", file.read(), flags=re.S)
     return "".join(

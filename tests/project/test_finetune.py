@@ -1,9 +1,6 @@
 """The example that converts, trains and exports a network of the model zoo."""
 
-import os
 import re
-import subprocess
-import sys
 
 import mxnet as mx
 import numpy as np
@@ -11,22 +8,21 @@ import pytest
 from mxnet.gluon import nn
 from mxnet.gluon.model_zoo import vision
 
+import fresh_process
 from paths import ROOT
 
-EXAMPLES = str(ROOT / "examples")
+EXAMPLES = ROOT / "examples"
 
 
 def run_example(*arguments):
-    command = [sys.executable, os.path.join(EXAMPLES, "finetune.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = fresh_process.run(EXAMPLES / "finetune.py", *arguments, timeout=300)
     assert "Warning" not in done.stderr, done.stderr
     return done.stdout
 
 
 @pytest.fixture
 def finetune(monkeypatch):
-    """The script as a module: what ends before the training needs no process of its own."""
+    """Import the script as a module, for what ends before training starts."""
     monkeypatch.syspath_prepend(EXAMPLES)
     import finetune
 
@@ -34,7 +30,7 @@ def finetune(monkeypatch):
 
 
 def checkpoint(path, model, classes):
-    mx.random.seed(7)  # not the example's, which would draw the same weights by itself
+    mx.random.seed(7)  # another seed than the example's, which would draw the same weights
     net = getattr(vision, model)(classes=classes)
     net.initialize(mx.init.Xavier())
     net(mx.nd.zeros((1, 3, 32, 32)))
@@ -70,7 +66,7 @@ def test_it_learns_and_the_exports_agree(tmp_path):
 def test_it_starts_from_a_checkpoint_of_the_unconverted_network(tmp_path):
     file, model = tmp_path / "base.params", "mobilenet_v2_0_25"
     base = checkpoint(file, model, classes=7)
-    # So low a rate that the weights of the end are those of the start.
+    # The learning rate is so low that the weights stay as they are.
     printed = run_example(
         *("--model", model, "--params", str(file), "--image-size", "32"),
         *("--epochs", "1", "--lr", "1e-9", "--out", str(tmp_path)),
@@ -140,7 +136,7 @@ def test_what_cannot_be_had_is_said(finetune, monkeypatch, tmp_path):
     reason = message("--params", str(file))
     assert f"{file} is no checkpoint of mobilenet0_25: MXNetError: Check failed" in reason
 
-    # Nobody listens there.
+    # Nothing listens there.
     monkeypatch.setenv("MXNET_GLUON_REPO", "http://127.0.0.1:9/")
     monkeypatch.setenv("MXNET_HOME", str(tmp_path))
     assert "--pretrained: no weights of vgg11_bn" in message("--model", "vgg11_bn", "--pretrained")

@@ -1,4 +1,4 @@
-"""tests/helpers/fresh_process.py: what it hands over, and what it says when a script fails."""
+"""helpers/fresh_process.py: what a script gets, and the report of one that fails."""
 
 import os
 import signal
@@ -24,6 +24,13 @@ print("a warning", file=sys.stderr)
     assert done.returncode == 0 and "a warning" in done.stderr
 
 
+def test_a_script_in_a_file(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys; print(sys.argv, __name__)")
+    done = fresh_process.run(script, "x")
+    assert done.stdout.strip() == f"['{script}', 'x'] __main__"
+
+
 def test_a_failure_shows_what_was_printed():
     script = "print('so far'); raise ValueError('the reason')"
     with pytest.raises(AssertionError, match="(?s)status 1, not 0.*so far.*the reason"):
@@ -37,7 +44,7 @@ def test_a_failure_shows_what_was_printed():
 
 
 def test_a_script_that_hangs_shows_where(tmp_path):
-    """It is ended with what it has forked, which holds the other ends of the pipes."""
+    """It is killed together with its children, which hold the pipes open."""
     script = """
 import os, sys, time
 child = os.fork()
@@ -60,7 +67,7 @@ waits_for_ever()
             os.kill(child, 0)
         except ProcessLookupError:
             return
-        with open(f"/proc/{child}/stat") as stat:  # one that nobody waits for stays, as a zombie
+        with open(f"/proc/{child}/stat") as stat:  # a zombie, until its parent waits for it
             if stat.read().split()[2] == "Z":
                 return
         time.sleep(0.1)

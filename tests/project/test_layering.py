@@ -1,4 +1,4 @@
-"""Who may know whom: what docs/architecture.md says of the folders holds."""
+"""The folders: what may depend on what, as docs/architecture.md says, and where tests are."""
 
 import ast
 import json
@@ -6,11 +6,11 @@ import shlex
 import subprocess
 
 import pytest
-from test_build import configure, needs_cmake
 
-from paths import OPERATOR, PACKAGE
+from cmake_build import configure, needs_cmake
+from paths import OPERATOR, PACKAGE, TESTS
 
-# A folder of the package -> the folders that it may import from, besides itself.  "" is the top.
+# A folder of the package -> the other folders that it may import from.  "" is the top.
 MAY_IMPORT = {
     "": set(),
     "conversion": {""},
@@ -31,7 +31,7 @@ def trees():
 
 
 def imported_folders(path, tree):
-    """Folders of the package that a module imports from."""
+    """Yield the folders of the package that a module imports from."""
     here = path.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -55,7 +55,7 @@ def test_folders_of_the_package_import_in_one_direction():
 
 
 def private_names(tree):
-    """Private attributes that a module reads or writes, with what it reads them of."""
+    """Yield the names of private attributes that a module uses."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             name = node.attr
@@ -68,7 +68,7 @@ def private_names(tree):
 
 
 def own_names(tree):
-    """Names that a module defines: functions, classes, variables and attributes of ``self``."""
+    """Yield the names of a module's functions, classes, variables and attributes of ``self``."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.name
@@ -100,6 +100,24 @@ def test_importing_a_module_has_no_effects():
                 for decorator in getattr(node, "decorator_list", ()):
                     known = getattr(decorator, "attr", getattr(decorator, "id", None))
                     assert known == "contextmanager", f"{path}:{node.lineno}"
+
+
+# Modules without a file of tests, and why.
+UNTESTED = {
+    "version": "one number; project/test_versions.py compares it with the other places",
+    "startup": "importing the package runs it; without it, no test of the operators passes",
+    "estimator": "the public name of data_parallel/estimator.py",
+}
+
+
+def test_every_module_has_a_file_of_tests_with_its_name():
+    modules = {path.relative_to(PACKAGE) for path in MODULES if path.name != "__init__.py"}
+    without = {
+        str(module.with_suffix(""))
+        for module in modules
+        if not (TESTS / module.with_name(f"test_{module.name}")).exists()
+    }
+    assert without == UNTESTED.keys()
 
 
 @pytest.fixture(scope="module")

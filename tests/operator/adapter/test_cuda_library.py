@@ -1,4 +1,4 @@
-"""The CUDA side as a library: what it holds, and that nothing touches it where it is not needed."""
+"""The CUDA side as a library: what is in it, and that it is loaded only for GPUs."""
 
 import ctypes
 import os
@@ -6,11 +6,11 @@ import pathlib
 import shutil
 import struct
 import subprocess
-import sys
 
 import mxnet as mx
 import pytest
 
+import fresh_process
 import gluon_syncbn
 import gpu_kernels as checks
 from gluon_syncbn import library
@@ -20,16 +20,6 @@ CUDA = pathlib.Path(library.PATH).with_name("libgluon_syncbn_cuda.so")
 needs_cuda_build = pytest.mark.skipif(
     not CUDA.exists(), reason="this build has no CUDA side: no nvcc was found"
 )
-
-
-def run(script, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **environment},
-    )
 
 
 @pytest.mark.skipif("GLUON_SYNCBN_TEST_CU112" not in os.environ, reason="`make cu112` sets it")
@@ -42,8 +32,8 @@ def test_built_where_there_is_a_compiler():
         assert CUDA.exists(), "nvcc is on the path, but there is no CUDA side; run make clean build"
 
 
-def test_an_exception_in_a_callback_is_told_to_who_waits(tmp_path):
-    """It must not get into CUDA, which would end the process."""
+def test_an_exception_in_a_callback_reaches_the_waiting_thread(tmp_path):
+    """It must not propagate into CUDA, which would end the process."""
     here = pathlib.Path(__file__).parent
     source, ours = here / "cuda_callback.cc", OPERATOR / "adapter" / "cuda_library.cc"
     cuda, program = tmp_path / "libgluon_syncbn_cuda.so", tmp_path / "program"
@@ -61,7 +51,7 @@ PTX, MACHINE_CODE = 1, 2
 
 
 def images(path):
-    """(kind, architecture) of every piece of device code in a library, from its fat binaries."""
+    """Find the (kind, architecture) of all device code in a library's fat binaries."""
     data = path.read_bytes()
     found, at = set(), 0
     while True:
@@ -101,8 +91,7 @@ maps = open("/proc/self/maps").read()
 assert "libgluon_syncbn.so" in maps
 assert "libgluon_syncbn_cuda" not in maps
 """
-    done = run(script)
-    assert done.returncode == 0, done.stderr
+    fresh_process.run(script)
 
 
 @needs_cuda_build
@@ -120,7 +109,7 @@ def test_loads_without_a_driver_and_says_what_is_missing():
 
 
 def test_gpus_without_the_cuda_side(tmp_path):
-    """The error comes before anything is computed, and names what to do."""
+    """The error comes before anything is computed and says what to do."""
     package = tmp_path / "gluon_syncbn"
     ignore = shutil.ignore_patterns("libgluon_syncbn_cuda.so", "__pycache__")
     shutil.copytree(CUDA.parent, package, ignore=ignore)
@@ -132,8 +121,8 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    done = run(script, PYTHONPATH=str(tmp_path))
-    assert "has no GPU side here, so it takes CPU contexts only" in done.stdout, done.stderr
+    done = fresh_process.run(script, PYTHONPATH=str(tmp_path))
+    assert "has no GPU side here, so it takes CPU contexts only" in done.stdout
     assert "install the toolkit, then build again" in done.stdout
 
 

@@ -1,13 +1,13 @@
-"""What becomes of exchanges where the engine, the system or a fork gets in their way.
+"""All-reduces when the engine or the system fails, or the process forks.
 
-Each test has a process of its own: what it is about hangs it, or damages its memory.
+Each test has a process of its own, because its bug would hang it or corrupt its memory.
 """
 
 import faults
 
 
 def test_a_call_is_not_complete_while_its_thread_is_inside():
-    """Though its device has another worker: what MXNet still needs could be freed then."""
+    """Even if its device has another worker: MXNet would free what it still needs."""
     faults.run(
         """
 import threading
@@ -108,7 +108,7 @@ exchange()
 
 
 def test_a_fork_while_another_thread_is_in_the_barrier():
-    """It holds the barrier's lock, which nobody could give back in the child."""
+    """It holds the barrier's lock, and does not exist in the child to release it."""
     faults.run(
         FORK
         + """
@@ -135,7 +135,7 @@ thread.join()
 
 
 def test_a_thread_that_cannot_be_started_fails_the_exchange_and_the_next_one_works():
-    """The barrier's own thread, without which nobody who waits would have a deadline."""
+    """The barrier's own thread, which enforces the deadline."""
     faults.run(
         """
 def exchange(first, last):

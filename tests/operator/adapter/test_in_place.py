@@ -1,19 +1,20 @@
-"""In a graph the feature map and its gradient travel in place: no pass is spent on handing them.
+"""In a graph the feature map and its gradient are passed on in place, without a copy.
 
-Forward that is so on GPUs and where MKL-DNN is off (operator_util.h says why), so the check runs in
-a process of its own.
+In the forward pass this holds on GPUs and without MKL-DNN (operator_util.h says why), so that
+check runs in a process of its own.
 """
 
 import ctypes
 import os
+import pathlib
 import subprocess
-import sys
 
 import mxnet as mx
 from mxnet import autograd
 from mxnet.base import _LIB, NDArrayHandle, check_call
 from mxnet.gluon import nn
 
+import fresh_process
 from gluon_syncbn import SyncBatchNorm
 from paths import OPERATOR
 
@@ -76,17 +77,12 @@ def check(forward):
     assert dy == at["bn_fwd_backward_data"] == at["bn_moments_backward_data"]
 
 
-def test_backward_in_place_beside_mkl_dnn():
+def test_backward_in_place_with_mkl_dnn():
     check(forward=False)
 
 
 def test_both_ways_in_place_without_mkl_dnn():
-    environment = {
-        **os.environ,
-        "MXNET_MKLDNN_ENABLED": "0",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    subprocess.run([sys.executable, __file__], check=True, env=environment)
+    fresh_process.run(pathlib.Path(__file__), MXNET_MKLDNN_ENABLED="0")
 
 
 if __name__ == "__main__":

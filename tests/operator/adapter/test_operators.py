@@ -1,14 +1,11 @@
 """The three operators together against NumPy in float64: values, gradients, statistics."""
 
-import os
-import subprocess
-import sys
-
 import mxnet as mx
 import numpy as np
 import pytest
 from mxnet import autograd
 
+import fresh_process
 from reference import batch_norm, batch_norm_far_from_zero, largest_error
 
 # What float16 outputs and float32 parameters can hold.
@@ -56,7 +53,7 @@ class Layer:
 
 
 class Alone(Layer):
-    """The operator of a device that meets nobody."""
+    """The operator of a layer without all-reduce."""
 
     def __init__(self, devices, *args, **options):
         assert devices == 1
@@ -68,7 +65,7 @@ class Alone(Layer):
 
 
 def shards_of(rng, shape, sizes, dtype, scale=1.0, offset=0.0):
-    """Shards along the first axis as NDArrays on their devices, and dy for each."""
+    """Split random data along the first axis over the devices; return shards of x and of dy."""
     xs, dys = [], []
     for i, size in enumerate(sizes):
         part = (size, *shape[1:])
@@ -243,7 +240,7 @@ def test_moving_statistics_are_used_and_nobody_waits(how, dtype, rng):
 @pytest.mark.parametrize("fix_gamma", [False, True])
 @pytest.mark.parametrize("shape", [(5, 41, 60, 60), (3, 131, 40, 31)])
 def test_alone_slice_by_slice(dtype, fix_gamma, shape, rng):
-    """Large feature maps, of which a device alone finishes some channels before the next."""
+    """Large feature maps, of which a layer without all-reduce finishes a few channels at a time."""
     xs, dys = shards_of(rng, shape, [shape[0]], dtype)
     parameter = "float64" if dtype == "float64" else "float32"
     layer = Alone(1, shape[1], parameter, fix_gamma=fix_gamma)
@@ -291,7 +288,7 @@ def test_float64_far_from_zero(shape, axis, offset, kind, sizes, rng):
 
 
 def test_float64_far_from_zero_slice_by_slice(rng):
-    """The channels' offsets are of other sizes and signs."""
+    """The channels' offsets differ in size and sign."""
     offsets = np.array([1e6, -1e5, 1e4, 3.0] * 10 + [1e6])
     xs, dys = shards_of(rng, (5, 41, 60, 60), [5], "float64")
     x = xs[0].asnumpy() + offsets[:, None, None]
@@ -387,7 +384,7 @@ def test_a_share_without_elements_brings_zeros():
         assert not brought.asnumpy().any()
     with autograd.predict_mode():
         _, brought, _ = mx.nd._internal._syncbn_moments(mx.nd.ones((2, 3)))
-        assert brought.asnumpy().ravel()[-1] < 0  # nobody measured
+        assert brought.asnumpy().ravel()[-1] < 0  # statistics were not computed
 
 
 @pytest.mark.parametrize("kind", [Layer, Alone])
@@ -403,7 +400,7 @@ def test_inference_without_elements(kind):
     "kind, sizes", [(Alone, [1]), (Layer, [1]), (Layer, [1, 0]), (Layer, [0, 1])]
 )
 def test_one_value_per_channel(kind, sizes, dtype, rng):
-    """It is its own mean: y is beta, and no change of it changes anything."""
+    """It is its own mean, so y is beta and the gradient zero."""
     layer = kind(len(sizes), 3, "float64" if dtype == "float64" else "float32")
     with mx.util.np_shape():
         xs, dys = shards_of(rng, (1, 3), sizes, dtype, offset=100)
@@ -475,15 +472,8 @@ print(digest.hexdigest())
 
 
 def test_the_same_bits_with_any_number_of_threads():
-    seen = set()
-    for threads in ("1", "2", "3"):
-        environment = {**os.environ, "OMP_NUM_THREADS": threads}
-        done = subprocess.run(
-            [sys.executable, "-c", THREADS], capture_output=True, text=True, env=environment
-        )
-        assert done.returncode == 0, done.stderr
-        seen.add(done.stdout)
-    assert len(seen) == 1
+    seen = {fresh_process.run(THREADS, OMP_NUM_THREADS=n).stdout for n in ("1", "2", "3")}
+    assert len(seen) == 1 and seen != {""}
 
 
 def test_momentum_and_epsilon(rng):

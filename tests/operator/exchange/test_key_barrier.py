@@ -1,4 +1,4 @@
-"""The exchange by itself: the C++ class, driven from threads through ctypes."""
+"""The C++ class KeyBarrier, driven from threads through ctypes."""
 
 import ctypes
 import itertools
@@ -17,7 +17,7 @@ SUM, MOMENTS = 0, 1
 
 
 class Barrier:
-    """A barrier of its own, and what came out of it."""
+    """A barrier for one test, and its results."""
 
     def __init__(self, timeout):
         self.handle = LIBRARY.BarrierCreate(timeout)
@@ -81,7 +81,7 @@ def wait(*outs):
     return outs
 
 
-def test_everybody_gets_the_sum_and_nobody_before_the_last(barrier):
+def test_every_device_gets_the_sum_once_the_last_has_arrived(barrier):
     first = barrier.arrive(0, [1, 2], 3)
     second = barrier.arrive(1, [10, 20], 3)
     assert not first["event"].is_set() and not second["event"].is_set()
@@ -108,7 +108,7 @@ def test_sum_is_the_same_in_every_order_of_arrival(barrier):
 
 
 def total_moments(barrier, shares):
-    """What the exchange makes of shares of rows x channels, the same for everybody and always."""
+    """Merge shards of rows x channels; the result is the same on all devices, in any order."""
     results = set()
     for order in itertools.permutations(range(len(shares))):
         outs = [barrier.arrive(p, moments(shares[p]), len(shares), merge=MOMENTS) for p in order]
@@ -124,7 +124,7 @@ def test_moments_are_merged_and_lose_nothing_far_from_zero(barrier, rng):
     np.testing.assert_allclose(total_moments(barrier, shares), wanted, rtol=1e-14)
     for offset in (1e6, -1e6):
         far = [share + offset for share in shares]
-        # What rounding left of the shares, brought back without rounding once more.
+        # The rounded shards, moved back to zero without rounding again.
         wanted = moments(np.concatenate(far) - offset)
         total = total_moments(barrier, far)
         np.testing.assert_allclose(total[:2], wanted[:2] + offset, rtol=1e-15)
@@ -141,7 +141,7 @@ def test_moments_of_no_elements_change_nothing(barrier, rng):
     assert not total_moments(barrier, [nothing, nothing]).any()
 
 
-def test_a_sum_and_moments_do_not_meet(barrier):
+def test_a_sum_and_moments_do_not_mix(barrier):
     first = barrier.arrive(0, [1, 2, 3], 2, merge=MOMENTS)
     second = barrier.arrive(1, [1, 2, 3], 2)
     for out in wait(first, second):
@@ -206,7 +206,7 @@ def test_deadline_fails_everyone_who_waits_and_the_next_round_works():
     barrier.close()
 
 
-def test_shorter_deadline_holds_for_who_waits_already(barrier):
+def test_a_shorter_deadline_holds_for_devices_that_wait_already(barrier):
     out = barrier.arrive(0, [1], 2)
     time.sleep(0.1)
     barrier.control.timeout = 0.2
@@ -218,7 +218,7 @@ def test_shorter_deadline_holds_for_who_waits_already(barrier):
     "seconds, deadline", [(1e-10, 1e-3), (0, 1e-3), (-1, 1e-3), (float("nan"), 1e-3), (1e30, 1e9)]
 )
 def test_a_deadline_that_no_clock_can_keep_is_not_taken(seconds, deadline):
-    """A deadline of nothing would keep a core busy, watching."""
+    """A deadline of zero would keep a core busy."""
     barrier = Barrier(seconds)
     assert barrier.control.timeout == deadline
     LIBRARY.BarrierSetTimeout(barrier.handle, 5)
@@ -239,8 +239,8 @@ def test_contradiction_fails_the_round_at_once(barrier, second, message):
     np.testing.assert_array_equal(outs[0]["total"], [2, 4])
 
 
-def test_a_late_device_does_not_meet_the_next_pass(barrier):
-    """Outside of a pass nobody can know which round it meant; in one, everybody does."""
+def test_a_late_device_does_not_join_the_next_pass(barrier):
+    """Its round is unknown outside of a pass; within one it is known."""
     first, second = barrier.control.new_pass(), barrier.control.new_pass()
     assert first != second
     barrier.control.timeout = 0.2
@@ -284,7 +284,7 @@ def test_close_fails_all(barrier):
     assert late["error"] == "the end"
 
 
-def test_devices_of_two_kinds_do_not_meet(barrier):
+def test_devices_of_two_kinds_do_not_mix(barrier):
     first = barrier.arrive(0, [1.0], 3)
     second = barrier.arrive(1, [1.0], 3, kind="gpu")
     for out in wait(first, second):
@@ -297,7 +297,7 @@ def test_devices_of_two_kinds_do_not_meet(barrier):
 
 
 def test_many_rounds_fail_at_once(barrier):
-    """Without a pause between one and the next, which would make it 20 seconds here."""
+    """Without a pause between rounds, which would add up to 20 seconds here."""
     outs = [barrier.arrive(0, [1.0], 2, key=f"k{i}") for i in range(2000)]
     closing = threading.Thread(target=barrier.control.close, args=("the end",))
     closing.start()
