@@ -66,7 +66,7 @@ def parse_arguments(argv=None):
     arguments = parse(parser, argv, ("epochs", "batch_size", "num_devices", "image_size"))
     if arguments.model not in MODELS:
         parser.error(
-            f"--model {arguments.model} is not a network with batch normalization; choose one of "
+            f"--model {arguments.model} is not one of the zoo's networks with batch normalization: "
             + ", ".join(MODELS)
         )
     if arguments.params and not os.path.isfile(arguments.params):
