@@ -1,11 +1,12 @@
-"""Time the CUDA kernels beside PyTorch's and cuDNN's, as bandwidth over that of a copy.
+"""Compare the CUDA kernels with PyTorch's and cuDNN's: bandwidth relative to a copy.
 
     make bench BENCH_ARGS="--ctx gpu"
 
-Every candidate computes the same step of batch normalization on the same arrays, in training; all
-are checked against each other before any is timed.  Effective bandwidth is the bytes that the step
-needs (each kernel's arrays once) over the time that it took, on events of CUDA's; the copy is
-device to device, of the same array, in turn with the candidates.  Needs PyTorch with CUDA.
+Every candidate computes the same training step of batch normalization on the same arrays; results
+are checked against each other before anything is timed.  The effective bandwidth is the number of
+bytes that the step has to move (each kernel's arrays once) divided by the time between CUDA events.
+The copy, device to device, is of the same array and takes turns with the candidates.  Needs PyTorch
+with CUDA.
 """
 
 import ctypes
@@ -17,9 +18,9 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 LIBRARY = os.path.join(HERE, "..", "python", "gluon_syncbn", "libgluon_syncbn_cuda.so")
 TESTS = os.path.join(HERE, "..", "tests")
-sys.path[:0] = [TESTS, os.path.join(TESTS, "gpu")]
+sys.path[:0] = [os.path.join(TESTS, "helpers"), os.path.join(TESTS, "gpu")]
 
-# 100 MB in float16, 200 in float32: with four such arrays in a step, beyond the caches.
+# 100 MB in float16 and 200 MB in float32.  A step uses four such arrays, more than caches hold.
 SHAPES = [
     (64, 64, 112, 112),
     (64, 256, 56, 56),
@@ -31,12 +32,12 @@ SHAPES = [
 SMALL = [(16, 64, 56, 56), (32, 256, 14, 14)]
 DTYPES = ["float32", "float16", "float64"]
 REPLAYS = 20  # between two events
-# What the four kernels move: x; x, y; dy, x; dy, x, dx.
+# Arrays that the four kernels move: x; x, y; dy, x; dy, x, dx.
 PASSES = 1 + 2 + 2 + 3
 
 
 def unavailable():
-    """Say why nothing can be timed here; empty if it can."""
+    """Return why nothing can be timed here, or an empty string."""
     try:
         import torch
     except ImportError:
@@ -78,7 +79,7 @@ class Case:
         return self.x.numel() * self.x.element_size()
 
     def ours(self):
-        """The four kernels of a synchronized layer; the exchange, which sums, is left out."""
+        """The four kernels of a synchronized layer, without the all-reduce between them."""
         x, y, dy, dx = self.arrays
         self.layer.forward(x, y)
         self.layer.backward(dy, x, dx)
@@ -117,7 +118,7 @@ class Case:
         for candidate in (self.pytorch, self.cudnn):
             try:
                 got = candidate()
-            except RuntimeError:  # cuDNN has no float64 channels last, for one
+            except RuntimeError:  # for example, cuDNN has no float64 with channels last
                 continue
             for a, b in zip(got, wanted):
                 error = (a.double() - b).abs().max() / b.abs().max()
@@ -125,9 +126,9 @@ class Case:
 
 
 def seconds_of(torch, function, repeats):
-    """The median time of a step, replayed from a graph many times over.
+    """Return the median time of a step, replayed many times from a CUDA graph.
 
-    What launching costs is left out: the GPU is never idle, as the next replay waits already.
+    This leaves out launch overhead: the next replay is always queued, so the GPU is never idle.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -151,7 +152,7 @@ def seconds_of(torch, function, repeats):
 
 
 def run(report, quick):
-    """Fill a report with tables; give what the figures are of."""
+    """Fill a report with tables; return the machine and versions of the figures."""
     import torch
 
     import gpu_kernels
@@ -163,7 +164,7 @@ def run(report, quick):
         report.table(
             f"{title}: forward and backward on a GPU",
             ["shape", "copy (GB/s)", "ours", "pytorch", "cudnn", "times pytorch's speed"],
-            "Effective bandwidth over the copy's.",
+            "Effective bandwidth relative to the copy's.",
         )
         for shape in shapes:
             for dtype in DTYPES:

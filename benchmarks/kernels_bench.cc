@@ -1,4 +1,4 @@
-// What the benchmarks time without MXNet: the four kernels, and a plain copy as their lower bound.
+// The benchmarks without MXNet: the four kernels, and a plain copy as their lower bound.
 #include <cstddef>
 #include <cstring>
 #include <vector>
@@ -9,7 +9,7 @@
 
 using namespace gluon_syncbn;
 
-// A plain copy by all threads of OpenMP.
+// A plain copy with all OpenMP threads.
 static void PlainCopy(const float* from, float* to, std::size_t count) {
   const long long n = static_cast<long long>(count);
 #pragma omp parallel for simd schedule(static)

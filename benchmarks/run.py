@@ -1,12 +1,12 @@
-"""Time synchronized batch normalization next to what users have today.
+"""Compare the speed of synchronized batch normalization with MXNet and PyTorch.
 
     make bench                                  # or
     python benchmarks/run.py [--quick] [--out DIR] [--torch-python PATH]
 
-Every candidate runs in a process of its own, since two OpenMP teams in one process spin against
-each other, and they take turns, since machines are shared: compare within a row, not between runs.
-First all candidates compute the same thing and are compared with NumPy in float64.  Prints tables
-and writes benchmark.json, benchmark.md and benchmark.png.  Under five minutes on two cores.
+Each candidate runs in its own process, because two OpenMP teams in one process compete for the
+cores.  Candidates take turns, because machines are shared: compare within a row, not across runs.
+Before anything is timed, all results are checked against NumPy in float64.  Prints tables and
+writes benchmark.json, benchmark.md and benchmark.png.  Takes under five minutes on two cores.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import tempfile
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, "..", "tests"))
+sys.path.insert(0, os.path.join(HERE, "..", "tests", "helpers"))
 from reference import batch_norm, largest_error  # noqa: E402
 
 MAIN = [
@@ -78,12 +78,12 @@ class Candidate:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.label} ended while it worked on {order}")
+            raise RuntimeError(f"{self.label} ended while working on {order}")
         return json.loads(line)
 
 
 def take_turns(entries, seconds, rounds):
-    """Median milliseconds of each (candidate, case); None where it does not do the case."""
+    """Return the median milliseconds of each (candidate, case); None if it has no such case."""
     times = [[] for _ in entries]
     for _ in range(rounds):
         for collected, (candidate, case) in zip(times, entries):
@@ -96,7 +96,7 @@ def take_turns(entries, seconds, rounds):
 
 
 def check(candidates, case):
-    """All candidates compute what NumPy computes in float64; raises where one does not."""
+    """Exit unless every candidate computes what NumPy computes in float64."""
     from worker import arrays_of
 
     x, dy, gamma, beta = arrays_of(case)
@@ -126,7 +126,7 @@ def named(shape, axis=1, dtype="float32"):
 
 
 class Report:
-    """Collects tables, and prints and writes them."""
+    """Collects tables, prints them and formats them as Markdown."""
 
     def __init__(self):
         self.tables = []
@@ -208,7 +208,7 @@ def write(report, about, folder, name):
 
 
 def on_gpu(arguments):
-    """The CUDA kernels, in the Python that has PyTorch."""
+    """Time the CUDA kernels, in the Python that has PyTorch."""
     import gpu
 
     python = os.path.abspath(arguments.torch_python)
@@ -225,16 +225,17 @@ def on_gpu(arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="out", help="where the results go")
+    parser.add_argument("--out", default="out", help="folder for the results")
     parser.add_argument(
-        "--ctx", choices=["cpu", "gpu"], default="cpu", help="gpu: the CUDA kernels, see gpu.py"
+        "--ctx", choices=["cpu", "gpu"], default="cpu", help="gpu: the CUDA kernels (see gpu.py)"
     )
     parser.add_argument("--quick", action="store_true", help="a quarter of the time, more noise")
-    parser.add_argument("--library", required=True, help="the compiled kernels_bench.cc")
+    parser.add_argument("--library", required=True, help="the library built from kernels_bench.cc")
     parser.add_argument(
         "--torch-python",
         default=os.path.join(HERE, "..", ".venv-torch", "bin", "python"),
-        help="a Python with PyTorch, whose NumPy MXNet cannot use (make torch); else this one",
+        help="a Python with PyTorch (make torch); if it does not exist, this one.  PyTorch needs a "
+        "NumPy that MXNet cannot use",
     )
     arguments = parser.parse_args()
     if arguments.ctx == "gpu":
@@ -271,8 +272,8 @@ def main():
     report.table(
         "Forward and backward, float32",
         ["shape", "floor (ms)", *[c.label for c in present]],
-        "Multiples of the floor. Ours is one device alone (num_devices=1); exchanging, the same "
-        "layer with the operators of several devices.",
+        "Multiples of the floor. Ours: one device alone (num_devices=1). Ours, exchanging: the "
+        "same layer with the operators of several devices.",
     )
     for shape, axis in MAIN:
         entries = [(c, case(shape, axis)) for c in (floor, *present)]
@@ -292,7 +293,8 @@ def main():
     report.table(
         "The kernels one by one, float32",
         ["shape", "moments", "normalize", "normalize back", "moments back"],
-        "Multiples of one pass of the floor times the passes that the kernel makes (1, 2, 2, 3).",
+        "Multiples of one pass of the floor, times the number of passes that the kernel makes "
+        "(1, 2, 2, 3).",
     )
     for shape, axis in MAIN:
         entries = [(kernels, case(shape, axis, which=w)) for w in (1, 2, 3, 4)]
@@ -302,7 +304,7 @@ def main():
     report.table(
         "float16 and float64",
         ["shape", "floor (ms)", "kernels", "ours"],
-        "Multiples of the floor of the same bytes.",
+        "Multiples of the floor for the same number of bytes.",
     )
     for dtype in ("float16", "float64"):
         for shape, axis in MAIN:
@@ -350,17 +352,17 @@ def main():
 
     synchronized = Candidate("synchronized", threads=1)
     layers = 20
-    hows = "meeting", "each for itself", "num_devices=1"
+    hows = "together", "each alone", "num_devices=1"
     report.table(
-        "What meeting costs",
+        "What the all-reduce costs",
         [
             "devices",
             *[f"{h} (ms)" for h in hows],
             "µs over the same graph",
             "µs over num_devices=1",
         ],
-        f"{layers} layers of ours on 2×64×4×4; µs per layer and direction. Each for itself: the "
-        "same threads and operators, without waiting for the others.",
+        f"{layers} layers of ours on 2×64×4×4; µs per layer and direction. Each alone: the same "
+        "threads and operators, without waiting for the other devices.",
     )
     for devices in (2, 4, 8, 16):
         one = case((2, 64, 4, 4), devices=devices, layers=layers)
@@ -373,8 +375,8 @@ def main():
     report.table(
         "ResNet-18, a training step",
         ["norm", "ms", "over nn.BatchNorm", "share of the step"],
-        "2 CPU contexts, 8×3×64×64 on each; the share is what the step takes longer than without "
-        "normalization.",
+        "2 CPU contexts, 8×3×64×64 on each. The share of the step is the time that it takes longer "
+        "than without normalization.",
     )
     norms = ("ours", "nn.BatchNorm", "none")
     one = case((8, 3, 64, 64), devices=2)

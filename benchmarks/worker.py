@@ -1,11 +1,11 @@
-"""One candidate of the benchmark in a process of its own, told what to time by run.py.
+"""Run one candidate of the benchmark in its own process, controlled by run.py.
 
     python benchmarks/worker.py CANDIDATE
 
-Reads one JSON object a line: {"case": {...}, "seconds": s} times the case for about s seconds and
-answers {"times": [...]} in milliseconds; {"case": {...}, "save": path} runs the case once and saves
-what it computed, so that run.py can compare; {"free": true} forgets the cases.  The candidates that
-are not there say {"missing": why} at the start, the others {"ready": version}.
+Reads one JSON object per line.  {"case": {...}, "seconds": s} times the case for about s seconds
+and answers {"times": [...]} in milliseconds.  {"case": {...}, "save": path} runs the case once and
+saves the results for run.py to compare.  {"free": true} frees all cases.  At the start, a candidate
+that is not installed answers {"missing": why}, any other {"ready": version}.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def arrays_of(case):
-    """The inputs of a case, the same for every candidate."""
+    """Make the inputs of a case, the same for every candidate."""
     rng = np.random.RandomState(0)
     x, dy = (rng.randn(*case["shape"]).astype(case["dtype"]) for _ in range(2))
     channels = case["shape"][case["axis"]]
@@ -92,9 +92,9 @@ class Kernels(Compiled):
             run_kernels(0)
             return y, dy, dgamma, dbeta
 
-        # dy becomes dx, again and again.  With A = gamma / sqrt(var + epsilon) = 1 it stays as
-        # large as it is; else it dies away, and the kernels calculate with denormal numbers, which
-        # are several times slower on some CPUs.
+        # Every step overwrites dy with dx.  With gamma / sqrt(var + epsilon) = 1 its size stays the
+        # same.  Otherwise it decays to denormal numbers, which are several times slower on some
+        # CPUs.
         columns = np.moveaxis(x, axis, -1).reshape(-1, channels).astype("float64")
         steady = np.sqrt(columns.var(0) + 1e-5)
 
@@ -103,7 +103,7 @@ class Kernels(Compiled):
             run_kernels(case.get("which", 0))
 
         set_gamma(steady)
-        run_kernels(0)  # so that each kernel alone has statistics to work on
+        run_kernels(0)  # gives each single kernel statistics to work on
         return step, results
 
 
@@ -120,7 +120,7 @@ class Mxnet:
         if self.name.startswith("ours"):
             from gluon_syncbn import SyncBatchNorm
 
-            # None: the operators of several devices, which here is one.
+            # None: the operators for several devices, run on one.
             devices = 1 if self.name == "ours" else None
             return SyncBatchNorm(num_devices=devices, axis=case["axis"])
         if self.name == "mxnet SyncBatchNorm":
@@ -224,7 +224,7 @@ class Torch:
 
 
 class Synchronized:
-    """Layers of ours on several CPU contexts, one thread each, meeting or each for itself."""
+    """Layers of ours on several CPU contexts, one thread each, with and without all-reduce."""
 
     def __init__(self):
         import mxnet as mx
@@ -232,7 +232,7 @@ class Synchronized:
         self.mx, self.version = mx, mx.__version__
 
     def prepare(self, case):
-        from gluon_syncbn import ModelDataParallel, SyncBatchNorm, parallel_backward
+        from gluon_syncbn import ModelDataParallel, SyncBatchNorm, parallel_backward, passes
 
         mx, devices, layers = self.mx, case["devices"], case["layers"]
         contexts = [mx.cpu(i) for i in range(devices)]
@@ -245,18 +245,20 @@ class Synchronized:
         for x in xs:
             x.attach_grad()
         model = ModelDataParallel(net, contexts)
-        if case["how"] != "meeting":
-            # The same threads and graphs, but for the operators there is one device.
-            model._enter_mode = lambda keys, n: None
         if case["how"] == "num_devices=1":
             for layer in net:
-                layer._kwargs["num_devices"] = 1
-            model._exchanges = list  # ModelDataParallel would refuse such layers
+                layer._kwargs["num_devices"] = 1  # after ModelDataParallel, which would refuse it
+        # Without an announced pass, a layer without num_devices takes itself to be on one device.
+        announce = passes.begin if case["how"] == "together" else lambda exchanges, context: None
 
         def step():
-            with mx.autograd.record():
-                ys = model(xs)
-            parallel_backward(ys)
+            before, passes.begin = passes.begin, announce
+            try:
+                with mx.autograd.record():
+                    ys = model(xs)
+                parallel_backward(ys)
+            finally:
+                passes.begin = before
             mx.nd.waitall()
 
         return step, None
@@ -305,7 +307,7 @@ class Network:
 
 
 def swap(block, norm):
-    """Replace every BatchNorm below a block, or leave it away where ``norm`` is None."""
+    """Replace every BatchNorm below a block; remove it if ``norm`` is None."""
     from mxnet.gluon import nn
 
     for name, child in list(block._children.items()):
@@ -331,7 +333,7 @@ CANDIDATES = {
 
 def main():
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not get between the answers
+    os.dup2(2, 1)  # keeps what libraries print out of the answers
 
     def answer(**what):
         print(json.dumps(what), file=answers, flush=True)

@@ -1,10 +1,10 @@
-"""Draws docs/why.png: the digits of scikit-learn, two images a device, with and without us.
+"""Draw docs/why.png: test accuracy with two images per device, with and without synchronization.
 
     python docs/why.py
 
-Trains the same small network on four CPU contexts, two images on each, once with MXNet's
-nn.BatchNorm and once with SyncBatchNorm, for several seeds, and draws the test accuracy after each
-epoch.  Takes some minutes.
+Trains the same small network on scikit-learn's handwritten digits, on four CPU contexts with two
+images each: once with MXNet's nn.BatchNorm, once with SyncBatchNorm, for several random seeds.
+Takes some minutes.
 """
 
 import os
@@ -28,12 +28,12 @@ DEVICES, IMAGES, EPOCHS, SEEDS = 4, 2, 6, 5
 
 
 def accuracies(norm, seed):
-    """Test accuracy after each epoch."""
+    """Train, and return the test accuracy after each epoch."""
     mx.random.seed(seed)
     np.random.seed(seed)
     contexts = [mx.cpu(i) for i in range(DEVICES)]
     train_set, test_set = mnist.load_data("digits")
-    # Only full batches, so that every device always has its two images.
+    # Only full batches, so that every device always has two images.
     size = DEVICES * IMAGES
     images, labels = (array[: len(array) // size * size] for array in train_set)
     train = mnist.batches(images, labels, size, shuffle=True)

@@ -1,10 +1,10 @@
 """Fine-tune a network of MXNet's model zoo on several devices and export it for plain MXNet.
 
-Needs no data and no weights: by default it starts from random weights and uses the handwritten
-digits that scikit-learn ships.  See --help.
+Downloads nothing by default: it starts from random weights, and the data are the handwritten digits
+in scikit-learn.  See --help.
 
-In the first epochs the test accuracy lags far behind the loss: the moving statistics follow weights
-that still change quickly.  That is so with mxnet.gluon.nn.BatchNorm, too.
+In the first epochs the test accuracy is much worse than the loss suggests, because the moving
+statistics lag behind weights that still change quickly.  mxnet.gluon.nn.BatchNorm does the same.
 """
 
 import os
@@ -24,7 +24,7 @@ from gluon_syncbn import (
     export_for_inference,
 )
 
-# The script next to this one: what is the same in any training.
+# The script next to this one has the parts that every training shares.
 from mnist import load_data, make_loaders, parse, set_up, split, train, training_arguments
 
 # The zoo's networks with batch normalization; AlexNet, SqueezeNet and the plain VGG have none.
@@ -34,14 +34,14 @@ MODELS = [
     if re.fullmatch(r"(densenet|inception_v|mobilenet|resnet)\w*\d|vgg\d+_bn", name)
 ]
 
-# What a machine that has MXNet, but not this package, does with the exported files.
+# Runs the exported files as a machine would that has MXNet, but not this package.
 PREDICT = """
 import sys, warnings
-sys.modules["gluon_syncbn"] = None  # so that an import of it would fail
+sys.modules["gluon_syncbn"] = None  # importing it would now fail
 import mxnet as mx, numpy as np
 
 symbol, parameters, images, outputs, batch_size = sys.argv[1:]
-# MXNet remarks that the file says no type for its input; that of the parameters is right.
+# MXNet warns that the file has no dtype for its input; it takes that of the parameters.
 warnings.filterwarnings("ignore", message="(?s).*Cannot decide type")
 net = mx.gluon.SymbolBlock.imports(symbol, ["data"], parameters)
 net.hybridize()
@@ -53,18 +53,20 @@ np.save(outputs, np.concatenate([net(batch).asnumpy() for batch in loader]))
 def parse_arguments(argv=None):
     parser = training_arguments(__doc__, epochs=6, lr=0.05)
     parser.add_argument(
-        "--model", default="mobilenet0_25", help="a function of mxnet.gluon.model_zoo.vision"
+        "--model",
+        default="mobilenet0_25",
+        help="name of a function in mxnet.gluon.model_zoo.vision",
     )
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument(
-        "--params", metavar="FILE", help="start from what save_parameters of the model wrote"
+        "--params", metavar="FILE", help="start from a file written by the model's save_parameters"
     )
     weights.add_argument("--pretrained", action="store_true", help="download ImageNet weights")
-    parser.add_argument("--image-size", type=int, default=64, help="the digits are enlarged to it")
+    parser.add_argument("--image-size", type=int, default=64, help="size that images are scaled to")
     arguments = parse(parser, argv, ("epochs", "batch_size", "num_devices", "image_size"))
     if arguments.model not in MODELS:
         parser.error(
-            f"--model {arguments.model} is none of the networks with batch normalization: "
+            f"--model {arguments.model} is not one of the zoo's networks with batch normalization: "
             + ", ".join(MODELS)
         )
     if arguments.params and not os.path.isfile(arguments.params):
@@ -73,7 +75,7 @@ def parse_arguments(argv=None):
 
 
 def prepare(images, size):
-    """Make images from 1 x H x W in [0, 1] what networks for ImageNet take."""
+    """Turn 1 x H x W images in [0, 1] into inputs for ImageNet networks."""
     images = mx.nd.contrib.BilinearResize2D(mx.nd.array(images), height=size, width=size)
     rgb = mx.nd.broadcast_to(images, (0, 3, 0, 0)).asnumpy()
     mean, std = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 3, 1, 1)
@@ -81,7 +83,7 @@ def prepare(images, size):
 
 
 def load_base(arguments, ctx_list):
-    """Make the network as the zoo has it, with weights if there are any."""
+    """Make the zoo's network, with the weights that were asked for."""
     constructor = getattr(vision, arguments.model)
     if arguments.pretrained:
         try:
@@ -91,12 +93,12 @@ def load_base(arguments, ctx_list):
     if not arguments.params:
         return constructor()
     try:
-        # A checkpoint may have any number of classes; the last array has one row for each.
+        # A checkpoint may have any number of classes; the last array has one row per class.
         *_, last = mx.nd.load(arguments.params).values()
         net = constructor(classes=len(last))
         net.load_parameters(arguments.params, ctx=ctx_list)
     except (AssertionError, AttributeError, TypeError, ValueError, mx.MXNetError) as error:
-        reason = str(error).strip().splitlines()[-1]  # MXNet puts a traceback before it
+        reason = str(error).strip().splitlines()[-1]  # MXNet prepends a traceback
         raise SystemExit(
             f"--params {arguments.params} is no checkpoint of {arguments.model}: {reason}"
         ) from None
@@ -104,14 +106,14 @@ def load_base(arguments, ctx_list):
 
 
 def make_network(arguments, ctx_list):
-    """Give the network for ten classes, synchronized, and its number of synchronized layers."""
+    """Return the synchronized network for ten classes, and its number of synchronized layers."""
     net = getattr(vision, arguments.model)(classes=10)
-    # All but the output layer is that of the base, whose classes were others.
+    # Everything but the output layer comes from the base, which has other classes.
     net.features = load_base(arguments, ctx_list).features
     convert_sync_batchnorm(net)
     size = arguments.image_size
     try:
-        # (infer_shape would print what it was given before it raises.)
+        # (infer_shape would print its arguments before raising.)
         net(mx.sym.var("data")).infer_shape_partial(data=(arguments.batch_size, 3, size, size))
     except mx.MXNetError:
         raise SystemExit(
@@ -132,7 +134,7 @@ def predict(model, loader, ctx_list):
 
 
 def predict_elsewhere(files, images, batch_size):
-    """Give the outputs of exported files in a Python process that never had this package."""
+    """Return the outputs of exported files in a Python process without this package."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = os.path.join(folder, "images.npy"), os.path.join(folder, "outputs.npy")
         np.save(source, images)
@@ -155,14 +157,14 @@ def main(argv=None):
     )
     loaders = make_loaders("digits", train_set, test_set, arguments, ctx_list)
 
-    net.hybridize()  # an export needs the graph
+    net.hybridize()  # exporting needs the graph
     model = ModelDataParallel(net, ctx_list)
     prefix = os.path.join(arguments.out, arguments.model)
     train(model, *loaders, arguments, f"{prefix}.png")
     print(f"saved {prefix}.png (curves)")
 
     expected = predict(model, loaders[1], ctx_list)
-    print("exported; a new Python process, without gluon_syncbn, reads the files:")
+    print("exported; outputs of the files in a new Python process without gluon_syncbn:")
     for path, fold in ((prefix, False), (f"{prefix}-folded", True)):
         files = export_for_inference(model, path, fold=fold)
         outputs = predict_elsewhere(files, test_set[0], arguments.batch_size)

@@ -1,6 +1,6 @@
-"""Train a LeNet-like network with synchronized batch normalization on several devices.
+"""Train a small convolutional network with synchronized batch normalization on several devices.
 
-Needs no data: by default it uses the handwritten digits that scikit-learn ships.  See --help.
+Downloads nothing by default: the data are the handwritten digits in scikit-learn.  See --help.
 """
 
 import argparse
@@ -22,21 +22,21 @@ from gluon_syncbn import (
 )
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
+import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 
 
 def training_arguments(doc, **defaults):
-    """Make a parser of what any training takes; ``defaults`` in place of those here."""
+    """Make a parser of the arguments that every training takes; ``defaults`` override these."""
     parser = argparse.ArgumentParser(
         description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=64, help="over all devices")
-    parser.add_argument("--num-devices", type=int, default=2)
-    parser.add_argument("--ctx", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--epochs", type=int, default=8, help="passes over the training data")
+    parser.add_argument("--batch-size", type=int, default=64, help="total over all devices")
+    parser.add_argument("--num-devices", type=int, default=2, help="number of devices")
+    parser.add_argument("--ctx", choices=["cpu", "gpu"], default="cpu", help="kind of device")
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="out", help="where the results go")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--out", default="out", help="folder for the results")
     parser.set_defaults(**defaults)
     return parser
 
@@ -52,14 +52,14 @@ def parse(parser, argv, positive=("epochs", "batch_size", "num_devices")):
 def parse_arguments(argv=None):
     parser = training_arguments(__doc__)
     parser.add_argument(
-        "--dataset", choices=["digits", "mnist"], default="digits", help="mnist is downloaded"
+        "--dataset", choices=["digits", "mnist"], default="digits", help="mnist: downloaded"
     )
     parser.add_argument("--hybridize", action="store_true", help="compile the network to a graph")
     return parse(parser, argv)
 
 
 def set_up(arguments):
-    """Set the seeds and give the devices."""
+    """Set the random seeds and return the devices."""
     device = mx.gpu if arguments.ctx == "gpu" else mx.cpu
     if arguments.ctx == "gpu" and arguments.num_devices > mx.context.num_gpus():
         raise SystemExit(
@@ -71,7 +71,7 @@ def set_up(arguments):
 
 
 def load_data(dataset):
-    """Give training and test data as (images, labels); images are N x 1 x H x W in [0, 1]."""
+    """Return training and test data as (images, labels); images are N x 1 x H x W in [0, 1]."""
     if dataset == "mnist":
         sets = [gluon.data.vision.MNIST(train=train) for train in (True, False)]
         return [(s._data.asnumpy().transpose(0, 3, 1, 2) / 255, s._label) for s in sets]
@@ -79,7 +79,7 @@ def load_data(dataset):
 
     digits = load_digits()
     images, labels = digits.images[:, None] / 16, digits.target
-    # The set ends with writers that its first part has not seen, so mix before splitting.
+    # Writers in the last part do not occur in the first, so shuffle before splitting.
     order = np.random.RandomState(0).permutation(len(images))
     train, test = order[:1437], order[1437:]
     return [(images[train], labels[train]), (images[test], labels[test])]
@@ -106,7 +106,7 @@ def make_network(norm=SyncBatchNorm):
 
 
 def split(batch, ctx_list):
-    """Split a batch over the devices; a batch smaller than that leaves some without."""
+    """Split a batch over the devices; with fewer rows than devices, some get no shard."""
     ctx_list = ctx_list[: len(batch)]
     return gluon.utils.split_and_load(batch, ctx_list, even_split=False)
 
@@ -159,7 +159,7 @@ def make_loaders(name, train_set, test_set, arguments, ctx_list):
 
 
 def train(model, train_loader, test_loader, arguments, picture):
-    """Train for all epochs, print how it goes and draw it."""
+    """Train for all epochs, print the progress and draw the curves."""
     ctx_list = model.ctx_list
     criterion = DataParallelCriterion(gluon.loss.SoftmaxCrossEntropyLoss(), ctx_list)
     trainer = gluon.Trainer(
@@ -190,10 +190,9 @@ def main(argv=None):
     prefix = os.path.join(arguments.out, arguments.dataset)
     train(model, *loaders, arguments, f"{prefix}.png")
 
-    mx.nd.waitall()  # a graph with static_shape writes statistics behind the engine's back
     net.save_parameters(f"{prefix}.params")
     net.hybridize()
-    net(mx.nd.array(test_set[0][:1], ctx=ctx_list[0]))  # export wants a graph that has run
+    net(mx.nd.array(test_set[0][:1], ctx=ctx_list[0]))  # export needs a graph that has run
     net.export(prefix)
     print(
         f"saved {prefix}.params (load_parameters), {prefix}-symbol.json and {prefix}-0000.params "
