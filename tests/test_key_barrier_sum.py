@@ -110,6 +110,20 @@ def test_bad_arguments(options, why):
         KeyBarrierSum(**{"data": mx.nd.ones(2), "key": "bad", "num_devices": 1, **options})
 
 
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        ({"data": 3}, "data must be an NDArray or a Symbol, but is a int"),
+        ({"data": [mx.nd.ones(2)]}, "but is a list"),
+        ({"key": 3}, "key must be a string, but is a int"),
+        ({"key": None}, "but is a NoneType"),
+    ],
+)
+def test_wrong_types(options, why):
+    with pytest.raises(TypeError, match=why):
+        KeyBarrierSum(**{"data": mx.nd.ones(2), "key": "bad", "num_devices": 1, **options})
+
+
 def test_arguments_that_are_missing():
     with pytest.raises(TypeError, match="'key' and 'num_devices'"):
         KeyBarrierSum(mx.nd.ones(2))

@@ -31,6 +31,12 @@ def test_the_keys_of_a_graph_that_is_loaded_again_do_not_grow(keys):
     assert keys.of_graph(own) == [f"{key}@graph3" for key in own]
 
 
+def test_different_keys_of_a_graph_stay_different(keys):
+    """A KeyBarrierSum of the user's, and a layer of the same name that was converted."""
+    (converted,) = keys.of_graph(["k"])
+    assert keys.of_graph(["k", converted, "k"]) == ["k@graph2", "k@graph3", "k@graph2"]
+
+
 def test_uses_are_numbered_from_0_for_each_key(keys):
     assert [keys.next_call(key) for key in ("a", "b", "a", None, "a", None)] == [0, 0, 1, 0, 2, 1]
 

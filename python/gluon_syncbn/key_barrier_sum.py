@@ -48,6 +48,8 @@ def KeyBarrierSum(  # noqa: N802: the operator's name
 
     Raises
     ------
+    TypeError
+        If ``data`` is neither an NDArray nor a Symbol, or ``key`` is not a string.
     mxnet.MXNetError
         From the call, for another dtype, an empty key or a number of devices below 1; when the
         result is read, if devices bring different shapes or numbers of devices, or one has not
@@ -62,6 +64,10 @@ def KeyBarrierSum(  # noqa: N802: the operator's name
     >>> [total.asnumpy().tolist() for total in totals]
     [[3.0, 3.0], [3.0, 3.0]]
     """
+    if not isinstance(data, (ndarray.NDArray, symbol.Symbol)):
+        raise TypeError(f"data must be an NDArray or a Symbol, but is a {type(data).__name__}")
+    if not isinstance(key, str):
+        raise TypeError(f"key must be a string, but is a {type(key).__name__}")
     F = symbol if isinstance(data, symbol.Symbol) else ndarray
     options: dict = {"key": key, "num_devices": num_devices}
     if call is not None:

@@ -33,11 +33,20 @@ class Keys:
     def of_graph(self, keys: Iterable[str]) -> list[str]:
         """Return keys that no other graph of this process has: ``key@graph1``, ...
 
-        Two networks that are loaded from one file must not add up each other's sums.
+        Two networks that are loaded from one file must not add up each other's sums.  Equal keys
+        stay equal, and different ones different.
         """
+        keys = list(keys)
+        new: dict[str, str] = {}
         with self._lock:
             number = next(self._graphs)
-        return [f"{re.sub('@graph[0-9]+$', '', key)}@graph{number}" for key in keys]
+            for key in keys:
+                if key not in new:
+                    name = re.sub("@graph[0-9]+$", "", key)  # of an earlier call
+                    if f"{name}@graph{number}" in new.values():
+                        number = next(self._graphs)
+                    new[key] = f"{name}@graph{number}"
+        return [new[key] for key in keys]
 
     def next_call(self, key: str) -> int:
         """Return the number of the next use of a key in a graph, from 0."""

@@ -35,6 +35,11 @@ class Own(gluon.HybridBlock):
         return x * scale
 
 
+class Any(gluon.Block):
+    def forward(self, x, **options):
+        return options
+
+
 class Calls(gluon.Block):
     """Takes keyword arguments itself."""
 
@@ -47,6 +52,7 @@ def test_names_become_positions():
     assert call(net, (3,), {}) == 6 and call(net, (), {"x": 3}) == 6
     assert call(net, (), {"shift": 1, "x": 3, "scale": 10}) == 31
     assert call(net, (3, 10), {"shift": 1}) == 31
+    assert call(net, (3,), {"shift": 1}) == 7  # scale has its default
 
 
 @pytest.mark.parametrize("hybridize", [False, True])
@@ -68,6 +74,8 @@ def test_blocks_with_a_call_of_their_own():
 def test_names_that_cannot_be_passed():
     with pytest.raises(TypeError, match=r"own0: \['scale'\] cannot be passed by position"):
         call(Own(prefix="own0_"), (1,), {"scale": 2})
+    with pytest.raises(TypeError, match=r"\['wrong'\] cannot be passed by position"):
+        call(Any(), (1,), {"wrong": 2})
     with pytest.raises(TypeError, match="unexpected keyword argument 'wrong'"):
         call(Plain(), (1,), {"wrong": 2})
     with pytest.raises(TypeError, match="multiple values for argument 'x'"):

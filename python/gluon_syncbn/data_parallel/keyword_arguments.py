@@ -20,11 +20,13 @@ def call(block, args, kwargs):
     signature = inspect.signature(block.hybrid_forward if hybrid else block.forward)
     parameters = list(signature.parameters.values())[1 if hybrid else 0 :]  # without F
     bound = inspect.Signature(parameters).bind_partial(*args, **kwargs)
-    if bound.kwargs:
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    by_name = sorted(set(kwargs) - set(positional))
+    if by_name:
         raise TypeError(
-            f"{block.name}: {sorted(bound.kwargs)} cannot be passed by position, which is all that "
+            f"{block.name}: {by_name} cannot be passed by position, which is all that "
             "MXNet's Block.__call__ can do"
         )
-    last = max(list(bound.signature.parameters).index(name) for name in bound.arguments)
-    bound.apply_defaults()
+    last = max(positional.index(name) for name in kwargs)
+    bound.apply_defaults()  # for the arguments before it that were not given
     return block(*bound.args[: max(last + 1, len(args))])
