@@ -276,14 +276,14 @@ default 'zeros' and 'ones'
         # A graph learns only when it runs whether that is in training; an imperative call knows
         # now.
         inference = imperative and not autograd.is_training()
-        use_global_stats = given["use_global_stats"]
-        if use_global_stats or self.num_devices == 1 or inference:
+        num_devices, use_global_stats = given["num_devices"], given["use_global_stats"]
+        if use_global_stats or num_devices == 1 or inference:
             return local_batch_norm(F, *inputs, options, use_global_stats)
         if imperative:
             begin([self.exchange], x.context)
         # A graph may run a layer's several uses in any order, so each has a number.
         call = 0 if imperative else KEYS.next_call(self.key)
-        return synchronized_batch_norm(F, *inputs, options, self.key, self.num_devices, call)
+        return synchronized_batch_norm(F, *inputs, options, self.key, num_devices, call)
 
 
 #: The name by which PyTorch-Encoding's users know the layer: ``from gluon_syncbn import
