@@ -29,7 +29,7 @@ stress() {  # name sanitizers
     objects+=("$dir/$loop.o")
   done
   g++ "${flags[@]}" "${defines[@]}" tests/sanitize/kernels_stress.cc \
-    src/operator/kernels/cpu/batch_norm_kernels.cc src/operator/kernels/cpu/local_batch_norm.cc "${objects[@]}" \
+    src/operator/kernels/cpu/batch_norm_kernels.cc src/operator/kernels/cpu/local_batch_norm.cc src/operator/kernels/cpu/worker_pool.cc "${objects[@]}" \
     -o "$dir/kernels_stress"
   echo "== $1"
   "$dir/exchange_stress" "$seed"

@@ -12,6 +12,7 @@
 
 #include "adapter/asynchronous_call.h"
 #include "exchange/process_barrier.h"
+#include "kernels/cpu/worker_pool.h"
 
 namespace gluon_syncbn {
 namespace {
@@ -25,12 +26,15 @@ void InParent() { AsynchronousCall::EngineHasNewWorkers(); }
 void InChild() {
   ProcessBarrier()->RestartInChild(timeout);
   AsynchronousCall::RestartInChild();
+  WorkerPool::RestartInChild();
 }
 
 }  // namespace
 
 void InstallForkHandlers() {
-  ProcessBarrier();  // constructed here, so that no fork can interrupt its construction
+  // Constructed here, so that no fork can interrupt their construction.
+  ProcessBarrier();
+  WorkerPool::OfProcess();
   const int error = pthread_atfork(BeforeFork, InParent, InChild);
   if (error != 0) throw std::system_error(error, std::generic_category(), "pthread_atfork");
 }

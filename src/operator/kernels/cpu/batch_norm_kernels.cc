@@ -64,7 +64,8 @@ Element* Scratch(std::size_t size) {
 template <typename Visit>
 void ForEachChannel(std::size_t channels, const Visit& visit) {
   constexpr std::size_t kPiece = 2048;
-  ParallelFor((channels + kPiece - 1) / kPiece, [&](std::size_t piece) {
+  constexpr std::size_t kWork = 16;  // as much as so many elements
+  ParallelFor((channels + kPiece - 1) / kPiece, kWork * channels, [&](std::size_t piece) {
     const std::size_t end = std::min(channels, (piece + 1) * kPiece);
     for (std::size_t c = piece * kPiece; c < end; ++c) visit(c);
   });
@@ -124,7 +125,7 @@ void SumTiles(const FeatureTiles& tiles, std::size_t kept, const Sum& sum, const
   // Whole cache lines per tile, because different threads may write neighbours.
   const std::size_t pitch = (kept * tiles.tile_columns() + 7) / 8 * 8;
   double* partial = Scratch<Use::kTileSums, double>(tiles.count() * pitch);
-  ParallelFor(tiles.count(), [&](std::size_t i) {
+  ParallelFor(tiles.count(), tiles.elements(), [&](std::size_t i) {
     const FeatureTile tile = tiles[i];
     sum(tile, partial + i * pitch);
     then(tile);
@@ -186,7 +187,8 @@ void CopyTile(const FeatureTile& tile, const T* from, T* to) {
 // for the sums, and what it read last is still in the cache.
 template <typename Visit>
 void ForEachTileBackwards(const FeatureTiles& tiles, const Visit& visit) {
-  ParallelFor(tiles.count(), [&](std::size_t i) { visit(tiles[tiles.count() - 1 - i]); });
+  ParallelFor(tiles.count(), tiles.elements(),
+              [&](std::size_t i) { visit(tiles[tiles.count() - 1 - i]); });
 }
 
 // One pass over an array, x in; a second one, out, if x is copied.
@@ -200,7 +202,8 @@ void RunTyped(const MomentsForwardParams& p) {
     std::fill_n(p.statistics, 2 * channels, 0.0);
     p.statistics[2 * channels] = kNoStatistics;
     if (copy != nullptr && copy != x) {
-      ParallelFor(tiles.count(), [&](std::size_t i) { CopyTile(tiles[i], x, copy); });
+      ParallelFor(tiles.count(), tiles.elements(),
+                  [&](std::size_t i) { CopyTile(tiles[i], x, copy); });
     }
     return;
   }

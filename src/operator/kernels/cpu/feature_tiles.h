@@ -49,6 +49,7 @@ class FeatureTiles {
     return rows_ == 0 ? 0 : (CeilDiv(rows_, tile_rows_) + (rest_ > 0)) * PerRow();
   }
   std::size_t channels() const { return channels_; }
+  std::size_t elements() const { return rows_ * columns_ * cell_ + rest_; }
   std::size_t columns() const { return columns_; }
   std::size_t tile_columns() const { return tile_columns_; }
 

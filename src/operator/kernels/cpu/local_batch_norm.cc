@@ -88,7 +88,7 @@ void RunLocal(Cpu cpu, const NormalizeForwardParams& whole, double* statistics) 
   const bool is_float64 = whole.type == DataType::kFloat64;
   const double momentum = is_float64 ? Momentum<double>(whole) : Momentum<float>(whole);
   const ChannelBlocks blocks(whole.type, whole.shape);
-  ParallelFor(blocks.count(), [&](std::size_t i) {
+  ParallelFor(blocks.count(), whole.shape.channels * whole.shape.count(), [&](std::size_t i) {
     NormalizeForwardParams p = whole;
     p.shape = blocks.shape(i);
     p.x = blocks.OfFeatureMap(whole.x, i);
@@ -112,7 +112,7 @@ void RunLocal(Cpu cpu, const NormalizeForwardParams& whole, double* statistics) 
 
 void RunLocal(Cpu cpu, const LocalBackwardParams& whole) {
   const ChannelBlocks blocks(whole.type, whole.shape);
-  ParallelFor(blocks.count(), [&](std::size_t i) {
+  ParallelFor(blocks.count(), whole.shape.channels * whole.shape.count(), [&](std::size_t i) {
     LocalBackwardParams p = whole;
     p.shape = blocks.shape(i);
     p.dy = blocks.OfFeatureMap(whole.dy, i);

@@ -6,10 +6,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
-#ifdef __SANITIZE_THREAD__
-#include <thread>
-#include <vector>
-#endif
+
+#include "kernels/cpu/worker_pool.h"
 
 namespace gluon_syncbn {
 
@@ -22,47 +20,58 @@ class ThreadBudget {
   ~ThreadBudget() { --kernels_running_; }
   ThreadBudget(const ThreadBudget&) = delete;
   ThreadBudget& operator=(const ThreadBudget&) = delete;
-  int threads() const { return threads_; }
+  std::size_t threads() const { return static_cast<std::size_t>(threads_); }
 
  private:
   static inline std::atomic<int> kernels_running_{0};
   const int threads_;
 };
 
-// Calls body(0) ... body(count - 1), in no particular order.  Serial for a single item, or inside
-// another parallel region.
-#ifdef __SANITIZE_THREAD__
-// ThreadSanitizer does not understand OpenMP's synchronization, but that of plain threads.
+// The items of one ParallelFor, taken one by one, so that a core that is busy with something else
+// takes fewer of them.
 template <typename Body>
-void ParallelFor(std::size_t count, const Body& body) {
+class ParallelItems {
+ public:
+  ParallelItems(std::size_t count, const Body& body) : count_(count), body_(body) {}
+  static void Work(void* items) { static_cast<ParallelItems*>(items)->Work(); }
+
+ private:
+  void Work() {
+    for (std::size_t i = next_++; i < count_; i = next_++) body_(i);
+  }
+
+  const std::size_t count_;
+  const Body& body_;
+  std::atomic<std::size_t> next_{0};
+};
+
+inline bool& InsideParallelFor() {
   static thread_local bool inside = false;
-  std::atomic<std::size_t> next{0};
-  const auto work = [&] {
-    inside = true;
-    for (std::size_t i = next++; i < count; i = next++) body(i);
-    inside = false;
-  };
-  if (count <= 1 || inside) {
-    for (std::size_t i = 0; i < count; ++i) body(i);
-    return;
-  }
-  std::thread helper(work);
-  work();
-  helper.join();
+  return inside;
 }
-#else
+
+// Calls body(0) ... body(count - 1), in no particular order.  `elements` is how many the bodies
+// process together: to wake a thread for a few takes longer than to process them.  Serial inside
+// another ParallelFor.
 template <typename Body>
-void ParallelFor(std::size_t count, const Body& body) {
-  if (count == 0) return;
-  if (count == 1 || omp_in_parallel()) {
+void ParallelFor(std::size_t count, std::size_t elements, const Body& body) {
+  constexpr std::size_t kElementsPerThread = 32768;
+  const auto serial = [&] {
     for (std::size_t i = 0; i < count; ++i) body(i);
-    return;
-  }
+  };
+  const std::size_t wanted = std::min(count, 1 + elements / kElementsPerThread);
+  // Not counted as a kernel that runs: the body may be one that wants threads.
+  if (wanted <= 1 || InsideParallelFor()) return serial();
   const ThreadBudget budget;
-  // Dynamic, so that a core that is busy with something else takes fewer items.
-#pragma omp parallel for schedule(dynamic) num_threads(budget.threads())
-  for (std::size_t i = 0; i < count; ++i) body(i);
+  const std::size_t threads = std::min(wanted, budget.threads());
+  if (threads <= 1) return serial();
+  const auto inside = [&](std::size_t i) {
+    InsideParallelFor() = true;
+    body(i);
+    InsideParallelFor() = false;
+  };
+  ParallelItems<decltype(inside)> items(count, inside);
+  WorkerPool::OfProcess()->Run(static_cast<int>(threads) - 1, items.Work, &items);
 }
-#endif
 
 }  // namespace gluon_syncbn
