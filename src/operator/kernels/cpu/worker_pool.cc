@@ -43,7 +43,7 @@ void WorkerPool::RestartInChild() { Slot() = std::make_shared<WorkerPool>(); }
 
 void WorkerPool::Run(int helpers, void (*work)(void*), void* data) {
   Job job{work, data, helpers, {}, {}};
-  int to_wake;
+  int to_wake = 0;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     while (threads_ < helpers) {
@@ -55,9 +55,9 @@ void WorkerPool::Run(int helpers, void (*work)(void*), void* data) {
     }
     jobs_.push_back(&job);
     ++posts_;
-    to_wake = std::min(helpers, sleeping_);
+    to_wake = ToWake(job);
   }
-  for (int i = 0; i < to_wake; ++i) posted_.notify_one();
+  Wake(to_wake);
   work(data);
   std::unique_lock<std::mutex> lock(mutex_);
   jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), &job), jobs_.end());  // no more may join
@@ -66,6 +66,14 @@ void WorkerPool::Run(int helpers, void (*work)(void*), void* data) {
   SpinUntil([&job] { return job.running == 0; });
   lock.lock();  // a helper that has left may still hold it, and read the job
   job.left.wait(lock, [&job] { return job.running == 0; });
+}
+
+// Each thread wakes two others at most, which wake further ones: with many threads, all of them are
+// awake sooner than if one thread woke them all.
+int WorkerPool::ToWake(const Job& job) const { return std::min({job.wanted, sleeping_, 2}); }
+
+void WorkerPool::Wake(int count) {
+  for (int i = 0; i < count; ++i) posted_.notify_one();
 }
 
 void WorkerPool::StartThread() {
@@ -91,7 +99,9 @@ void WorkerPool::Serve(std::shared_ptr<WorkerPool> pool) {
     Job& job = *pool->jobs_.front();
     if (--job.wanted == 0) pool->jobs_.pop_front();
     ++job.running;
+    const int to_wake = pool->ToWake(job);
     lock.unlock();
+    pool->Wake(to_wake);
     job.work(job.data);
     lock.lock();
     if (--job.running == 0) job.left.notify_one();

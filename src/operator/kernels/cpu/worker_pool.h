@@ -40,6 +40,8 @@ class WorkerPool : public std::enable_shared_from_this<WorkerPool> {
   static std::shared_ptr<WorkerPool>& Slot();
   static void Serve(std::shared_ptr<WorkerPool> pool);
   void StartThread();
+  int ToWake(const Job& job) const;
+  void Wake(int count);
 
   std::mutex mutex_;
   std::condition_variable posted_;
