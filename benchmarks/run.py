@@ -52,10 +52,14 @@ TOLERANCE = {"float16": 2e-3, "float32": 1e-4, "float64": 1e-10}
 class Candidate:
     """A worker process; see worker.py."""
 
-    def __init__(self, label, name=None, python=sys.executable, threads=2, library=""):
+    def __init__(
+        self, label, name=None, python=sys.executable, threads=2, library="", package=None
+    ):
         self.label = label
         environment = {**os.environ, "GLUON_SYNCBN_BENCH_LIBRARY": library}
         environment.pop("OMP_NUM_THREADS", None)
+        if package:  # the folder that has gluon_syncbn
+            environment["PYTHONPATH"] = package
         if threads:
             environment["OMP_NUM_THREADS"] = str(threads)
         self.process = subprocess.Popen(
