@@ -161,7 +161,7 @@ void ComputeMoments(const FeatureTiles& tiles, const T* x, double* statistics, c
       then,
       [=](const FeatureTile& tile, std::size_t c, const double* from) {
         Channel& channel = all[c];
-        const double count = static_cast<double>(tile.rows * tile.inner);
+        const double count = static_cast<double>(tile.count());
         const double sum = from[0], squares = from[columns], tile_pivot = from[2 * columns];
         if (channel.count == 0) channel.pivot = tile_pivot + sum / count;
         channel.sums.Add(tile_pivot - channel.pivot, count, sum, squares);
@@ -176,9 +176,14 @@ void ComputeMoments(const FeatureTiles& tiles, const T* x, double* statistics, c
 
 template <typename T>
 void CopyTile(const FeatureTile& tile, const T* from, T* to) {
-  for (std::size_t row = 0; row < tile.rows; ++row) {
-    const std::size_t at = tile.offset + row * tile.stride;
-    std::memcpy(to + at, from + at, tile.columns * tile.inner * sizeof(T));
+  const std::size_t run = tile.columns * tile.inner;
+  const bool contiguous = tile.stride == run;
+  for (std::size_t group = 0; group < tile.groups; ++group) {
+    const std::size_t at = tile.offset + group * tile.group_stride;
+    for (std::size_t row = 0; row < (contiguous ? 1 : tile.rows); ++row) {
+      std::memcpy(to + at + row * tile.stride, from + at + row * tile.stride,
+                  (contiguous ? tile.rows : 1) * run * sizeof(T));
+    }
   }
 }
 
