@@ -205,17 +205,17 @@ void RunOnPlainArrays(LegacyFunction function, const mxnet::OpStatePtr& state,
 
 namespace {
 
-// Whether tests ask for a difference here: the checks must refuse it.
-bool Pretends(const char* difference) {
-  static const std::string asked =
-      dmlc::GetEnv("GLUON_SYNCBN_PRETEND_MKLDNN_DIFFERS", std::string());
-  return asked == difference;
+// Whether a test asks for a wrong expectation of this kind, which the checks must not find
+// fulfilled.
+bool Corrupt(const char* expectation) {
+  static const std::string asked = dmlc::GetEnv("GLUON_SYNCBN_CORRUPT_EXPECTATION", std::string());
+  return asked == expectation;
 }
 
 // Throws what is different, if it is.
-void Check(bool as_assumed, const char* difference) {
-  if (as_assumed && !Pretends(difference)) return;
-  throw dmlc::Error(std::string("this MXNet differs from what is known of it: ") + difference);
+void Check(bool as_assumed, const char* what) {
+  if (as_assumed) return;
+  throw dmlc::Error(std::string("this MXNet differs from what is known of it: ") + what);
 }
 
 // The element of the plain map at each place of a blocked one.
@@ -245,7 +245,9 @@ std::vector<NDArray> VerifyLayout(const mxnet::TShape& shape, std::int64_t block
   const auto context = mxnet::Context::CPU();
   const std::vector<std::int64_t> sizes(shape.begin(), shape.end());
   const Descriptor descriptor = ToDescriptor(sizes, block);
-  const std::vector<float> plain = Blocked(shape, 1), blocked = Blocked(shape, block);
+  const std::vector<float> blocked = Blocked(shape, block);
+  std::vector<float> plain = Blocked(shape, 1);
+  if (Corrupt("numbers")) std::swap(plain[1], plain[2]);
   const std::size_t bytes = plain.size() * sizeof(float);
 
   NDArray array = NewArray(shape, context);
@@ -256,9 +258,12 @@ std::vector<NDArray> VerifyLayout(const mxnet::TShape& shape, std::int64_t block
   Check(CreateMkldnnData(&array, CppDescriptor(descriptor)) != nullptr, "giving a layout");
   Check(InMkldnnLayout(array), "being in a layout");
   const MkldnnMemory* memory = MemoryOf(array);
-  Check(memory->memory != nullptr && memory->bytes == bytes, "the size of MKLDNNMemory");
-  Check(std::memcmp(&memory->descriptor, &descriptor, sizeof(descriptor)) == 0,
-        "the descriptor of MKLDNNMemory");
+  Check(memory->memory != nullptr && memory->bytes == bytes + Corrupt("bytes"),
+        "the size in MKLDNNMemory");
+  Descriptor expected = descriptor;
+  expected.dims[0] += Corrupt("descriptor");
+  Check(std::memcmp(&memory->descriptor, &expected, sizeof(expected)) == 0,
+        "the descriptor in MKLDNNMemory");
   const auto layout = LayoutOf(array);
   Check(layout && layout->block == static_cast<std::size_t>(block), "the block of a layout");
 
@@ -282,7 +287,7 @@ std::vector<NDArray> VerifyLayout(const mxnet::TShape& shape, std::int64_t block
 void Verify() {
   int version = 0;
   MXGetVersion(&version);
-  Check(version == 10901, "MXNet's version");
+  Check(version == 10901 + Corrupt("version"), "its version");
   Check(ChunkIsMkldnn != nullptr && GetMkldnnData != nullptr && CreateMkldnnData != nullptr &&
             InvalidateMkldnnData != nullptr && Reorder2Default != nullptr && CopyFrom != nullptr &&
             StreamOfThisThread != nullptr && Submit != nullptr && FallBackCompute != nullptr,

@@ -84,6 +84,13 @@ bool RunInLayout(LegacyFunction function, std::size_t map, const mxnet::OpStateP
   if (result.dtype() != x.dtype() || result.shape() != x.shape()) return false;
   if (req[0] == mxnet::kAddTo && !SameLayout(result, x)) return false;
 
+  for (std::size_t i = 1; i < inputs->size(); ++i) {
+    if (i != map && InMkldnnLayout(inputs->at(i))) return false;
+  }
+  for (std::size_t i = 1; i < outputs.size(); ++i) {
+    if (InMkldnnLayout(outputs[i])) return false;
+  }
+
   NDArray& first = inputs->at(0);
   if (!SameLayout(first, x)) first = Reordered(first, x);
   if (is_written && !SameLayout(result, x) && !TakeLayout(result, x)) return false;
@@ -118,8 +125,9 @@ void Compute(const mxnet::OpStatePtr& state, const mxnet::OpContext& ctx, const 
   RunOnPlainArrays(function, state, ctx, arrays, req, outputs);
 }
 
-// FInferStorageType of LRN, which says no more than that it takes such maps.  MXNet copies it.
-const mxnet::FInferStorageType& StorageTypeOf(const std::string& name) {
+// FInferStorageType of an operator of MXNet's; a copy, because maps of attributes move their values
+// when operators are added.
+mxnet::FInferStorageType StorageTypeOf(const std::string& name) {
   const nnvm::Op* const op = nnvm::Op::Get(name);  // throws if there is none
   const auto& storage_types = GetStorageType("FInferStorageType");
   if (!GetBool("TIsMKLDNN").get(op, false) || !storage_types.contains(op) || !storage_types[op]) {
@@ -128,15 +136,14 @@ const mxnet::FInferStorageType& StorageTypeOf(const std::string& name) {
   return storage_types[op];
 }
 
-struct Attributes {
+struct Operator {
   nnvm::Op* op;
   mxnet::FStatefulComputeEx compute;
-  const mxnet::FInferStorageType* storage_type;
 };
 
 template <LegacyFunction function, std::size_t map>
-Attributes AttributesOf(const std::string& name, const mxnet::FInferStorageType& storage_type) {
-  return {const_cast<nnvm::Op*>(nnvm::Op::Get(name)), Compute<function, map>, &storage_type};
+Operator Ours(const std::string& name) {
+  return {const_cast<nnvm::Op*>(nnvm::Op::Get(name)), Compute<function, map>};
 }
 
 void Register() {
@@ -146,25 +153,25 @@ void Register() {
   }
   constexpr auto forward = mxnet::op::LegacyOpForward;
   constexpr auto backward = mxnet::op::LegacyOpBackward;
-  const auto& of_forward = StorageTypeOf("LRN");
-  const auto& of_backward = StorageTypeOf("_backward_LRN");
-  // The second argument: which input is the map whose layout counts, x.
-  const std::vector<Attributes> all = {
-      AttributesOf<forward, 0>("_syncbn_moments", of_forward),
-      AttributesOf<forward, 0>("_syncbn_normalize", of_forward),
-      AttributesOf<forward, 0>("_syncbn_batch_norm", of_forward),
-      AttributesOf<backward, 3>("_backward__syncbn_moments", of_backward),
-      AttributesOf<backward, 1>("_backward__syncbn_normalize", of_backward),
-      AttributesOf<backward, 1>("_backward__syncbn_batch_norm", of_backward),
+  // The number: which input is x, whose layout counts.
+  const std::vector<Operator> all = {
+      Ours<forward, 0>("_syncbn_moments"),
+      Ours<forward, 0>("_syncbn_normalize"),
+      Ours<forward, 0>("_syncbn_batch_norm"),
+      Ours<backward, 3>("_backward__syncbn_moments"),
+      Ours<backward, 1>("_backward__syncbn_normalize"),
+      Ours<backward, 1>("_backward__syncbn_batch_norm"),
   };
+  // It says that the operator takes such maps, and no more; forward and backward have the same.
+  const mxnet::FInferStorageType storage_type = StorageTypeOf("LRN");
   constexpr Level kLevel = 10;  // set_attr's default
-  for (const auto& attributes : all) {
-    SetCompute(attributes.op, "FStatefulComputeEx<cpu>", attributes.compute, kLevel);
-    SetBool(attributes.op, "TIsMKLDNN", true, kLevel);
+  for (const auto& ours : all) {
+    SetCompute(ours.op, "FStatefulComputeEx<cpu>", ours.compute, kLevel);
+    SetBool(ours.op, "TIsMKLDNN", true, kLevel);
   }
-  // From here on the others are used.
-  for (const auto& attributes : all) {
-    SetStorageType(attributes.op, "FInferStorageType", *attributes.storage_type, kLevel);
+  // From here on MXNet uses the others.
+  for (const auto& ours : all) {
+    SetStorageType(ours.op, "FInferStorageType", storage_type, kLevel);
   }
 }
 

@@ -87,6 +87,12 @@ class FeatureTiles {
     return tile;
   }
 
+  // The offset of a channel's first element.
+  std::size_t FirstElement(std::size_t channel) const {
+    if (block_ > 1) return (channel - channel % block_) * rows_ + channel % block_;
+    return channel * repeat_ * cell_;
+  }
+
   // Calls visit(column, channel) for the columns first ... first + count - 1.
   template <typename Visit>
   void ForEachColumn(std::size_t first, std::size_t count, const Visit& visit) const {

@@ -38,9 +38,10 @@ struct Affine {
 
 template <typename T>
 struct CpuLoops {
-  // sums = sum(x - pivot) and squares = sum((x - pivot)^2) per column of the tile, in float64,
-  // where the pivot is the column's first element in the tile.
-  void (*moments)(const FeatureTile& tile, const T* x, double* sums, double* squares);
+  // sums = sum(x - pivot) and squares = sum((x - pivot)^2) per column of the tile, in float64.
+  // The pivot of the tile's column c is pivots[c * step].
+  void (*moments)(const FeatureTile& tile, const T* pivots, std::size_t step, const T* x,
+                  double* sums, double* squares);
   // sums = sum(dy) and products = sum(dy * (x - mean)) per column of the tile, in float64.  `mean`
   // has a number per column of the map.
   void (*products)(const FeatureTile& tile, const AccType<T>* mean, const T* dy, const T* x,
