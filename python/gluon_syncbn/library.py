@@ -38,6 +38,7 @@ _HANDLES = ctypes.POINTER(ctypes.c_void_p)
 _SIGNATURES = {
     "LastError": (ctypes.c_char_p, []),
     "RegisterOperators": (ctypes.c_int, []),
+    "WhyNoMkldnnLayouts": (ctypes.c_char_p, []),
     "NeedCuda": (ctypes.c_int, []),
     "BarrierCreate": (ctypes.c_void_p, [ctypes.c_double]),
     "BarrierFree": (None, [ctypes.c_void_p]),

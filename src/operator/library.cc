@@ -9,6 +9,7 @@
 
 #include "adapter/cuda_library.h"
 #include "adapter/fork_handlers.h"
+#include "adapter/mkldnn_dispatch.h"
 #include "adapter/passes.h"
 #include "exchange/key_barrier.h"
 #include "exchange/process_barrier.h"
@@ -67,7 +68,13 @@ GLUON_SYNCBN_API int GluonSyncBNRegisterOperators() {
   return Guarded([] {
     gluon_syncbn::InstallForkHandlers();
     mxnet::op::RegisterLegacyOpProp();
+    gluon_syncbn::WhyNoMkldnnLayouts();
   });
+}
+
+// Why the operators do not take feature maps in MKL-DNN's layouts; empty if they do.
+GLUON_SYNCBN_API const char* GluonSyncBNWhyNoMkldnnLayouts() {
+  return gluon_syncbn::WhyNoMkldnnLayouts().c_str();
 }
 
 // Fails if there is no CUDA side; the error says what to do.

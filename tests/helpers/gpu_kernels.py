@@ -25,7 +25,9 @@ def structure(name, **fields):
 
 
 Gpu = structure("Gpu", device=INT, stream=POINTER)
-FeatureShape = structure("FeatureShape", outer=SIZE, channels=SIZE, inner=SIZE, stride=SIZE)
+FeatureShape = structure(
+    "FeatureShape", outer=SIZE, channels=SIZE, inner=SIZE, stride=SIZE, block=SIZE
+)
 MomentsForwardParams = structure(
     "MomentsForwardParams",
     type=INT,
@@ -164,7 +166,7 @@ class Kernels:
 def feature_shape(shape, axis):
     axis %= len(shape)
     outer, inner = int(np.prod(shape[:axis])), int(np.prod(shape[axis + 1 :]))
-    return FeatureShape(outer, shape[axis], inner, 0)
+    return FeatureShape(outer, shape[axis], inner, 0, 1)
 
 
 class Layer:

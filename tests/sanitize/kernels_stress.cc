@@ -92,8 +92,10 @@ void Step(DataType type, const FeatureShape& shape, std::mt19937* random) {
   if constexpr (std::is_same_v<T, double>) {
     for (std::size_t c = 0; compute && size > 0 && c < channels; ++c) {
       const double n = static_cast<double>(shape.count());
+      const std::size_t block = shape.block;
       const auto at = [&](std::size_t i) {
-        return (i / shape.inner * channels + c) * shape.inner + i % shape.inner;
+        const std::size_t first = i / shape.inner * channels + c - c % block;
+        return first * shape.inner + i % shape.inner * block + c % block;
       };
       double m = 0, v = 0, b = 0, s = 0;
       for (std::size_t i = 0; i < shape.count(); ++i) m += u[at(i)] / n;
@@ -129,8 +131,14 @@ void Device(unsigned seed, int shapes) {
     shape.inner = inners[random() % 9];
     shape.outer = random() % 8;  // 0: an array without elements
     shape.channels = 1 + random() % 70;
+    if (random() % 2 == 0) {  // blocks of channels
+      shape.block = 2 << (random() % 4);
+      shape.channels = shape.block * (1 + random() % 4);
+    }
     if (i % 50 == 0) shape = {4, 300, 4000};  // large enough for several blocks of channels
     if (i % 50 == 25) shape = {3000, 33, 1};
+    if (i % 50 == 10) shape = {2, 288, 9000, 0, 16};
+    if (i % 50 == 35) shape = {1, 16, 9000, 0, 8};
     switch (random() % 3) {
       case 0:
         Step<Bits16, float>(DataType::kFloat16, shape, &random);

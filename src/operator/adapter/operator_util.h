@@ -13,6 +13,8 @@
 #include <sstream>
 #include <string>
 
+#include "adapter/map_layout.h"
+#include "adapter/mkldnn_dispatch.h"
 #include "kernels/batch_norm_kernels.h"
 
 namespace gluon_syncbn {
@@ -64,13 +66,19 @@ inline int ChannelAxis(int axis, int ndim) {
   return axis < 0 ? axis + ndim : axis;
 }
 
+// The feature maps of the current call, which have this shape and are in the layout of the call.
 inline FeatureShape ToFeatureShape(const mxnet::TShape& shape, int axis) {
   const int channel_axis = ChannelAxis(axis, shape.ndim());
+  const MapLayout* const layout = LayoutOfCall::Get();
+  if (layout != nullptr && channel_axis != 1) throw LayoutDeclined();
   FeatureShape s{1, static_cast<std::size_t>(shape[channel_axis]), 1};
   for (int i = 0; i < channel_axis; ++i) s.outer *= static_cast<std::size_t>(shape[i]);
   for (int i = channel_axis + 1; i < shape.ndim(); ++i) {
     s.inner *= static_cast<std::size_t>(shape[i]);
   }
+  if (layout == nullptr) return s;
+  if (layout->block == s.channels) return {s.outer * s.inner, s.channels, 1};
+  s.block = layout->block;
   return s;
 }
 
@@ -111,11 +119,11 @@ inline int VisibleGpus() {
 
 // Whether the first output of _syncbn_moments should share memory with its input.  On the CPU,
 // MXNet's convolutions leave their output in a layout of MKL-DNN's own.  MXNet converts the inputs
-// of other operators to the plain layout; for one that works in place it converts the output as
-// well, and back again, which costs more than the copy that sharing saves.
+// of operators that do not take it to the plain layout; for one that works in place it converts the
+// output as well, and back again, which costs more than the copy that sharing saves.
 inline bool AliasInput() {
-  static const bool in_place =
-      VisibleGpus() > 0 || dmlc::GetEnv("MXNET_MKLDNN_ENABLED", true) == false;
+  static const bool in_place = VisibleGpus() > 0 || WhyNoMkldnnLayouts().empty() ||
+                               dmlc::GetEnv("MXNET_MKLDNN_ENABLED", true) == false;
   return in_place;
 }
 

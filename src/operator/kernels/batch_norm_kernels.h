@@ -45,6 +45,9 @@ struct FeatureShape {
   std::size_t inner = 0;
   // Elements from one outer index to the next; 0: channels * inner, that is, contiguous.
   std::size_t stride = 0;
+  // Blocks of so many adjacent channels, of which `channels` is a multiple: the map is
+  // [outer][channels / block][inner][block].  On CPUs only; with 1 it is as above.
+  std::size_t block = 1;
   std::size_t count() const { return outer * inner; }  // elements per channel
   std::size_t outer_stride() const { return stride == 0 ? channels * inner : stride; }
 };

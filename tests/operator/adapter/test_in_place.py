@@ -1,7 +1,7 @@
 """In a graph the feature map and its gradient are passed on in place, without a copy.
 
-In the forward pass this holds on GPUs and without MKL-DNN (operator_util.h says why), so that
-check runs in a process of its own.
+In the forward pass this does not hold where MXNet uses MKL-DNN's layouts and our operators do not
+(operator_util.h says why).  That is decided once in a process.
 """
 
 import ctypes
@@ -18,9 +18,10 @@ import fresh_process
 from gluon_syncbn import SyncBatchNorm
 from paths import OPERATOR
 
+HERE = os.path.dirname(os.path.abspath(__file__))
+
 
 def test_large_pages_are_asked_for_where_there_is_memory(tmp_path):
-    here = os.path.dirname(os.path.abspath(__file__))
     include = os.path.join(os.path.dirname(mx.__file__), "include")
     # As CMakeLists.txt has it: MXNet's own definitions, less what needs other headers.
     off = "MXNET_USE_CUDA MXNET_USE_MKLDNN MSHADOW_USE_CUDA MSHADOW_USE_CBLAS MSHADOW_USE_MKL "
@@ -34,7 +35,7 @@ def test_large_pages_are_asked_for_where_there_is_memory(tmp_path):
         include,
     ]
     program = str(tmp_path / "program")
-    subprocess.run([*command, os.path.join(here, "huge_pages.cc"), "-o", program], check=True)
+    subprocess.run([*command, os.path.join(HERE, "huge_pages.cc"), "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.stdout == "memory\n", done
 
@@ -57,7 +58,7 @@ def addresses_in(net, x):
     return found
 
 
-def check(forward):
+def check(forward=True):
     net = nn.HybridSequential(prefix="net_")
     net.add(
         nn.Dense(6, flatten=False, prefix="before_"),
@@ -77,13 +78,18 @@ def check(forward):
     assert dy == at["bn_fwd_backward_data"] == at["bn_moments_backward_data"]
 
 
-def test_backward_in_place_with_mkl_dnn():
-    check(forward=False)
+def in_a_process(forward, **environment):
+    script = f"import test_in_place; test_in_place.check({forward})"
+    fresh_process.run(script, PYTHONPATH=os.pathsep.join([HERE, *sys.path]), **environment)
+
+
+def test_both_ways_in_place():
+    in_a_process(True, GLUON_SYNCBN_MKLDNN_LAYOUTS="1", MXNET_MKLDNN_ENABLED="1")
 
 
 def test_both_ways_in_place_without_mkl_dnn():
-    fresh_process.run(pathlib.Path(__file__), MXNET_MKLDNN_ENABLED="0")
+    in_a_process(True, MXNET_MKLDNN_ENABLED="0")
 
 
-if __name__ == "__main__":
-    check(forward=True)
+def test_backward_in_place_without_the_layouts():
+    in_a_process(False, GLUON_SYNCBN_MKLDNN_LAYOUTS="0", MXNET_MKLDNN_ENABLED="1")

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "kernels/batch_norm_math.h"
@@ -52,7 +53,7 @@ const CpuLoops<double>& Loops() {
 
 // Memory that a thread keeps from call to call, so that small layers allocate nothing: one buffer
 // per Use.  Its contents are valid until the next Scratch of the same Use in this thread.
-enum class Use { kChannelParams, kChannelValues, kTileSums, kChannelSums, kMoments };
+enum class Use { kChannelParams, kChannelValues, kTileSums, kChannelSums, kMoments, kPivots };
 template <Use use, typename Element>
 Element* Scratch(std::size_t size) {
   static thread_local std::vector<Element> buffer;
@@ -142,29 +143,44 @@ void SumTiles(const FeatureTiles& tiles, std::size_t kept, const Sum& sum, const
 template <typename T, typename Then>
 void ComputeMoments(const FeatureTiles& tiles, const T* x, double* statistics, const Then& then) {
   const std::size_t channels = tiles.channels(), columns = tiles.tile_columns();
-  // The pivots of a tile are its own first elements.  The sums of a channel are then converted to
-  // one pivot, the mean of its first tile, which is far from the other tiles' means only if the
-  // variance is large as well.
   struct Channel {
     double pivot = 0.0, count = 0.0;
     ShiftedSums sums;
   };
   Channel* all = Scratch<Use::kMoments, Channel>(channels);
   std::fill_n(all, channels, Channel());
+  // The pivot of a channel is its first element, whatever the layout.  Sums of float32 differences
+  // are mostly exact in float64, so means are mostly the same, bit for bit, in all layouts.
+  //
+  // Sums of float16 are taken in float32, at first, and less of them is lost about a pivot close
+  // by: the pivots of a tile are its own first elements.  The sums of a channel are then converted
+  // to one pivot, the mean of its first tile, which is far from the other tiles' means only if the
+  // variance is large as well.
+  constexpr bool kPivotPerTile = std::is_same_v<T, Float16>;
+  T* const pivots = Scratch<Use::kPivots, T>(tiles.columns());
+  if (!kPivotPerTile) {
+    tiles.ForEachColumn(0, tiles.columns(), [=, &tiles](std::size_t column, std::size_t c) {
+      pivots[column] = x[tiles.FirstElement(c)];
+    });
+  }
   SumTiles(
       tiles, 3,
       [=](const FeatureTile& tile, double* to) {
-        Loops<T>().moments(tile, x, to, to + columns);
+        const T* const from = kPivotPerTile ? x + tile.offset : pivots + tile.first_column;
+        const std::size_t step = kPivotPerTile ? tile.inner : 1;
+        Loops<T>().moments(tile, from, step, x, to, to + columns);
         for (std::size_t i = 0; i < tile.columns; ++i) {
-          to[2 * columns + i] = ToDouble(x[tile.offset + i * tile.inner]);
+          to[2 * columns + i] = ToDouble(from[i * step]);
         }
       },
       then,
       [=](const FeatureTile& tile, std::size_t c, const double* from) {
         Channel& channel = all[c];
-        const double count = static_cast<double>(tile.rows * tile.inner);
+        const double count = static_cast<double>(tile.count());
         const double sum = from[0], squares = from[columns], tile_pivot = from[2 * columns];
-        if (channel.count == 0) channel.pivot = tile_pivot + sum / count;
+        if (channel.count == 0) {
+          channel.pivot = tile_pivot + (kPivotPerTile ? sum / count : 0.0);
+        }
         channel.sums.Add(tile_pivot - channel.pivot, count, sum, squares);
         channel.count += count;
       });
@@ -177,9 +193,14 @@ void ComputeMoments(const FeatureTiles& tiles, const T* x, double* statistics, c
 
 template <typename T>
 void CopyTile(const FeatureTile& tile, const T* from, T* to) {
-  for (std::size_t row = 0; row < tile.rows; ++row) {
-    const std::size_t at = tile.offset + row * tile.stride;
-    std::memcpy(to + at, from + at, tile.columns * tile.inner * sizeof(T));
+  const std::size_t run = tile.columns * tile.inner;
+  const bool contiguous = tile.stride == run;
+  for (std::size_t group = 0; group < tile.groups; ++group) {
+    const std::size_t at = tile.offset + group * tile.group_stride;
+    for (std::size_t row = 0; row < (contiguous ? 1 : tile.rows); ++row) {
+      std::memcpy(to + at + row * tile.stride, from + at + row * tile.stride,
+                  (contiguous ? tile.rows : 1) * run * sizeof(T));
+    }
   }
 }
 

@@ -7,6 +7,9 @@
 // each cell.  If these are too few for vector instructions, as with channels last, a column is a
 // single element instead: a channel then has `inner` adjacent columns, and short rows are joined to
 // longer ones, in which the channels repeat.
+//
+// A block of channels of a blocked map is a matrix with a row per inner index and a column per
+// channel.  A tile is a part of it, or, where it is small, the same block of several outer indices.
 #pragma once
 
 #include <algorithm>
@@ -25,6 +28,17 @@ class FeatureTiles {
   explicit FeatureTiles(const FeatureShape& s) : channels_(s.channels) {
     const std::size_t row = s.channels * s.inner;
     if (s.outer * row == 0) return;
+    if (s.block > 1) {
+      block_ = s.block;
+      outer_ = s.outer;
+      outer_stride_ = s.outer_stride();
+      rows_ = s.inner;
+      columns_ = s.channels;
+      tile_columns_ = s.block;
+      tile_rows_ = std::min(rows_, std::max<std::size_t>(1, kTileElements / s.block));
+      tile_groups_ = std::min(outer_, std::max<std::size_t>(1, kTileElements / (rows_ * s.block)));
+      return;
+    }
     if (s.inner == 1 || (s.inner < kShortCell && s.outer >= kManyRows)) {
       const bool apart = s.outer_stride() != row;
       const std::size_t joined = apart ? 1 : std::min(s.outer, 1 + (kJoinedRow - 1) / row);
@@ -46,6 +60,7 @@ class FeatureTiles {
   }
 
   std::size_t count() const {
+    if (block_ > 1) return CeilDiv(outer_, tile_groups_) * PerGroup();
     return rows_ == 0 ? 0 : (CeilDiv(rows_, tile_rows_) + (rest_ > 0)) * PerRow();
   }
   std::size_t channels() const { return channels_; }
@@ -54,6 +69,7 @@ class FeatureTiles {
   std::size_t tile_columns() const { return tile_columns_; }
 
   FeatureTile operator[](std::size_t index) const {
+    if (block_ > 1) return TileOfBlock(index);
     const std::size_t cell_tiles = CeilDiv(cell_, tile_cell_);
     const std::size_t in_cell = index % cell_tiles * tile_cell_;
     const std::size_t column = index % PerRow() / cell_tiles * tile_columns_;
@@ -61,6 +77,8 @@ class FeatureTiles {
     const std::size_t row = std::min(index / PerRow() * tile_rows_, rows_);
     const std::size_t row_columns = row < rows_ ? columns_ : std::max(rest_, column);
     FeatureTile tile;
+    tile.groups = 1;
+    tile.group_stride = 0;
     tile.stride = stride_;
     tile.offset = row * tile.stride + column * cell_ + in_cell;
     tile.rows = std::min(tile_rows_, std::max<std::size_t>(1, rows_ - row));
@@ -68,6 +86,12 @@ class FeatureTiles {
     tile.columns = std::min(tile_columns_, row_columns - column);
     tile.inner = std::min(tile_cell_, cell_ - in_cell);
     return tile;
+  }
+
+  // The offset of a channel's first element.
+  std::size_t FirstElement(std::size_t channel) const {
+    if (block_ > 1) return (channel - channel % block_) * rows_ + channel % block_;
+    return channel * repeat_ * cell_;
   }
 
   // Calls visit(column, channel) for the columns first ... first + count - 1.
@@ -96,11 +120,33 @@ class FeatureTiles {
     return CeilDiv(columns_, tile_columns_) * CeilDiv(cell_, tile_cell_);
   }
 
+  // Of a blocked map: tiles of the same outer indices.
+  std::size_t PerGroup() const { return columns_ / block_ * CeilDiv(rows_, tile_rows_); }
+
+  FeatureTile TileOfBlock(std::size_t index) const {
+    const std::size_t row_tiles = CeilDiv(rows_, tile_rows_);
+    const std::size_t row = index % row_tiles * tile_rows_;
+    const std::size_t column = index % PerGroup() / row_tiles * block_;
+    const std::size_t outer = index / PerGroup() * tile_groups_;
+    FeatureTile tile;
+    tile.offset = outer * outer_stride_ + column * rows_ + row * block_;
+    tile.groups = std::min(tile_groups_, outer_ - outer);
+    tile.group_stride = outer_stride_;
+    tile.rows = std::min(tile_rows_, rows_ - row);
+    tile.stride = block_;
+    tile.first_column = column;
+    tile.columns = block_;
+    tile.inner = 1;
+    return tile;
+  }
+
   std::size_t channels_;
   std::size_t repeat_ = 1;  // adjacent columns of a channel
   std::size_t rows_ = 0, columns_ = 0, cell_ = 0, stride_ = 0;
   std::size_t rest_ = 0;  // columns of an incomplete last row
   std::size_t tile_rows_ = 0, tile_columns_ = 0, tile_cell_ = 0;
+  // Of a blocked map, whose rows are those of one block.
+  std::size_t block_ = 1, outer_ = 0, outer_stride_ = 0, tile_groups_ = 0;
 };
 
 }  // namespace gluon_syncbn

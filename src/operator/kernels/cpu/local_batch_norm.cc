@@ -39,10 +39,11 @@ class ChannelBlocks {
   ChannelBlocks(DataType type, const FeatureShape& shape)
       : type_(type), shape_(shape), channels_(shape.channels) {
     // With channels last, a block of a row would be narrower than a page of memory: too little.
-    if (shape.inner < kMinInner || shape.count() == 0) return;
+    if (shape.inner * shape.block < kMinInner || shape.count() == 0) return;
     const std::size_t channel_bytes = shape.count() * SizeOf(type);
     if (channel_bytes * shape.channels < kBeyondCaches) return;  // the cache holds all of it
-    const std::size_t channels = std::max<std::size_t>(1, kBlockBytes / channel_bytes);
+    const std::size_t channels =
+        std::max(shape.block, kBlockBytes / channel_bytes / shape.block * shape.block);
     if (shape.channels / channels >= kMinBlocks) channels_ = channels;
   }
 

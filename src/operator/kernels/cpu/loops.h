@@ -12,15 +12,20 @@
 
 namespace gluon_syncbn {
 
-// A part of a feature map: `rows` runs of columns * inner contiguous elements.  The first begins at
-// element `offset`, each of the others `stride` elements after the one before.
+// A part of a feature map: `groups` of `rows` runs of columns * inner contiguous elements.  The
+// first run begins at element `offset`, each of the others of its group `stride` elements after the
+// one before, and each group `group_stride` elements after the one before.
 struct FeatureTile {
   std::size_t offset;
+  std::size_t groups;
+  std::size_t group_stride;
   std::size_t rows;
   std::size_t stride;
   std::size_t first_column;
   std::size_t columns;
   std::size_t inner;
+
+  std::size_t count() const { return groups * rows * inner; }  // elements per column
 };
 
 // Arrays with a number per column of the map, for (x - mean) * scale + shift.
@@ -33,9 +38,10 @@ struct Affine {
 
 template <typename T>
 struct CpuLoops {
-  // sums = sum(x - pivot) and squares = sum((x - pivot)^2) per column of the tile, in float64,
-  // where the pivot is the column's first element in the tile.
-  void (*moments)(const FeatureTile& tile, const T* x, double* sums, double* squares);
+  // sums = sum(x - pivot) and squares = sum((x - pivot)^2) per column of the tile, in float64.
+  // The pivot of the tile's column c is pivots[c * step].
+  void (*moments)(const FeatureTile& tile, const T* pivots, std::size_t step, const T* x,
+                  double* sums, double* squares);
   // sums = sum(dy) and products = sum(dy * (x - mean)) per column of the tile, in float64.  `mean`
   // has a number per column of the map.
   void (*products)(const FeatureTile& tile, const AccType<T>* mean, const T* dy, const T* x,
