@@ -292,14 +292,19 @@ void Verify() {
             InvalidateMkldnnData != nullptr && Reorder2Default != nullptr && CopyFrom != nullptr &&
             StreamOfThisThread != nullptr && Submit != nullptr && FallBackCompute != nullptr,
         "the functions of MXNet's library");
-  // To free an array starts MXNet's worker threads, which importing a package should not do: the
-  // few arrays of these checks stay.
-  static std::vector<NDArray> arrays;
+  // Freeing an array starts MXNet's worker threads, which importing a package should not do, and
+  // when the process ends, the engine that frees it may have gone: the few arrays of these checks
+  // are never destroyed.
+  static union Kept {
+    std::vector<NDArray> arrays;
+    Kept() : arrays() {}
+    ~Kept() {}
+  } kept;
   for (const std::int64_t block : {8, 16, 32}) {  // 32: channels last
     for (const auto& shape : {mxnet::TShape({2, 32, 3}), mxnet::TShape({2, 32, 3, 5}),
                               mxnet::TShape({2, 32, 3, 5, 2})}) {
       const auto made = VerifyLayout(shape, block);
-      arrays.insert(arrays.end(), made.begin(), made.end());
+      kept.arrays.insert(kept.arrays.end(), made.begin(), made.end());
     }
   }
 }

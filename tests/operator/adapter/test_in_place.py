@@ -6,8 +6,8 @@ In the forward pass this does not hold where MXNet uses MKL-DNN's layouts and ou
 
 import ctypes
 import os
-import pathlib
 import subprocess
+import sys
 
 import mxnet as mx
 from mxnet import autograd
