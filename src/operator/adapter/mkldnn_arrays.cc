@@ -292,9 +292,9 @@ void Verify() {
             InvalidateMkldnnData != nullptr && Reorder2Default != nullptr && CopyFrom != nullptr &&
             StreamOfThisThread != nullptr && Submit != nullptr && FallBackCompute != nullptr,
         "the functions of MXNet's library");
-  // To free an array starts MXNet's worker threads, which importing a package should not do: the
-  // few arrays of these checks stay.
-  static std::vector<NDArray> arrays;
+  // The few arrays of these checks are never freed: that would start MXNet's worker threads, which
+  // importing a package should not do, and crash in MXNet when the process ends.
+  static auto& arrays = *std::make_unique<std::vector<NDArray>>().release();
   for (const std::int64_t block : {8, 16, 32}) {  // 32: channels last
     for (const auto& shape : {mxnet::TShape({2, 32, 3}), mxnet::TShape({2, 32, 3, 5}),
                               mxnet::TShape({2, 32, 3, 5, 2})}) {
