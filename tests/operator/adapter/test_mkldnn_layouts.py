@@ -172,3 +172,20 @@ print((resident() - before) // 1024)
 def test_memory_does_not_grow():
     kilobytes = int(run(MEMORY))
     assert kilobytes < 2000, f"{kilobytes} KB in 3000 steps"
+
+
+# After such an error MXNet's engine outlives the arrays that our library has made for its checks.
+ERROR = """
+import mxnet as mx
+from gluon_syncbn import SyncBatchNorm
+
+sym = SyncBatchNorm(num_devices=2)(mx.sym.var("data"))
+try:
+    sym.simple_bind(mx.cpu(), data=(3,))
+except RuntimeError as error:
+    assert "2 or more dimensions" in str(error)
+"""
+
+
+def test_the_process_ends_well_after_an_error():
+    run(ERROR)
