@@ -1,16 +1,14 @@
 // See mkldnn_arrays.h.
 //
-// What is assumed, and how it is verified (Verify, below):
+// What is assumed, and how Verify (below) verifies it:
 //
-//   functions      MXNet's library exports them, though no header declares them: the references are
-//                  weak, so that our library also loads without them; none may be missing
-//   NDArray        as its header has it, private members included (the compiler reads the header)
-//   MKLDNNMemory   {shared_ptr<memory>, memory descriptor, size in bytes}, MkldnnMemory here:
-//   arrays
-//                  are given descriptors, which must be found in it
-//   descriptors    mean what MKL-DNN's headers say, and LayoutOf reads them rightly: arrays of
-//   known
-//                  numbers in each layout, reordered by MXNet to the plain layout and back
+// - Functions: MXNet's library exports them, though no header declares them.  The references are
+//   weak, so that our library loads without them as well; none may be missing.
+// - NDArray is as its header has it, private members included (the compiler reads the header).
+// - MKLDNNMemory is {shared_ptr<memory>, memory descriptor, size in bytes}, MkldnnMemory here.
+//   Arrays are given descriptors, which must be found in it.
+// - Descriptors mean what MKL-DNN's headers say, and LayoutOf reads them correctly: MXNet reorders
+//   arrays of known numbers from each layout to the plain one, and back.
 #include "adapter/mkldnn_arrays.h"
 
 #include <dmlc/parameter.h>

@@ -70,9 +70,9 @@ bool SameLayout(const NDArray& a, const NDArray& b) {
   return layout && layout == LayoutOf(b);
 }
 
-// Runs a call whose first output is a feature map, as is input `map`; in backward, the first input
-// is one, too, the gradient.  All other arrays are plain.  False: not in these layouts, and nothing
-// has happened, but that inputs[0] may have been replaced by an equal array.
+// Runs a call whose first output is a feature map, as is input `map`; in backward the first input,
+// the gradient, is one as well.  All other arrays are plain.  False: not in these layouts, and
+// nothing has happened, but that inputs[0] may have been replaced by an equal array.
 bool RunInLayout(LegacyFunction function, std::size_t map, const mxnet::OpStatePtr& state,
                  const mxnet::OpContext& ctx, Arrays* inputs, const Requests& req,
                  const Arrays& outputs) {
