@@ -33,7 +33,7 @@ test: lint build  ## lint, then run the tests (TEST_ARGS="-k exchange", "-m slow
 
 build: $(LIBRARY)  ## compile the operators
 
-bench: build  ## time it beside MXNet and PyTorch, eight minutes (BENCH_ARGS="--quick")
+bench: build  ## time it beside MXNet and PyTorch, some minutes (BENCH_ARGS="--quick")
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build --target kernels_bench
 	$(BIN)/python benchmarks/run.py --library build/libkernels_bench.so $(BENCH_ARGS)
 	$(BIN)/python benchmarks/processes.py

@@ -63,6 +63,26 @@ print(json.dumps([got, workers()]))
     assert workers == ["S"] * (threads - 1)
 
 
+@pytest.mark.parametrize("layouts", ["0", "1"])
+def test_maps_in_mkl_dnns_layouts_get_helpers(layouts):
+    """A map in blocks of channels is as much work as a plain one."""
+    script = """
+net = mx.gluon.nn.HybridSequential()
+net.add(mx.gluon.nn.Conv2D(32, 3, in_channels=3), SyncBatchNorm(num_devices=1))
+net.initialize()
+net.hybridize()
+with mx.autograd.record():
+    y = net(mx.nd.ones((8, 3, 42, 42)))
+y.backward()
+mx.nd.waitall()
+print(len(workers()))
+"""
+    done = fresh_process.run(
+        STEP + script, OMP_NUM_THREADS="2", GLUON_SYNCBN_MKLDNN_LAYOUTS=layouts
+    )
+    assert done.stdout.split() == ["1"]
+
+
 def test_a_forked_child_has_workers_of_its_own(alone):
     script = (
         STEP

@@ -25,7 +25,8 @@ constexpr std::size_t kBeyondCaches = 16 << 20;
 
 class FeatureTiles {
  public:
-  explicit FeatureTiles(const FeatureShape& s) : channels_(s.channels) {
+  explicit FeatureTiles(const FeatureShape& s)
+      : channels_(s.channels), elements_(s.channels * s.count()) {
     const std::size_t row = s.channels * s.inner;
     if (s.outer * row == 0) return;
     if (s.block > 1) {
@@ -64,7 +65,7 @@ class FeatureTiles {
     return rows_ == 0 ? 0 : (CeilDiv(rows_, tile_rows_) + (rest_ > 0)) * PerRow();
   }
   std::size_t channels() const { return channels_; }
-  std::size_t elements() const { return rows_ * columns_ * cell_ + rest_; }
+  std::size_t elements() const { return elements_; }
   std::size_t columns() const { return columns_; }
   std::size_t tile_columns() const { return tile_columns_; }
 
@@ -140,7 +141,7 @@ class FeatureTiles {
     return tile;
   }
 
-  std::size_t channels_;
+  std::size_t channels_, elements_;
   std::size_t repeat_ = 1;  // adjacent columns of a channel
   std::size_t rows_ = 0, columns_ = 0, cell_ = 0, stride_ = 0;
   std::size_t rest_ = 0;  // columns of an incomplete last row
