@@ -38,6 +38,7 @@ bench: build  ## time it beside MXNet and PyTorch, some minutes (BENCH_ARGS="--q
 	$(BIN)/python benchmarks/run.py --library build/libkernels_bench.so $(BENCH_ARGS)
 	$(BIN)/python benchmarks/processes.py
 	$(BIN)/python benchmarks/networks.py
+	$(BIN)/python benchmarks/waiting.py
 
 gluoncv: build  ## put GluonCV into .venv-gluoncv and test it with our layers, some minutes
 	$(PYTHON) -m venv .venv-gluoncv
