@@ -8,39 +8,22 @@ from .library import operator
 
 
 def local_batch_norm(
-    F: Any,
-    x: Any,
-    gamma: Any,
-    beta: Any,
-    moving_mean: Any,
-    moving_var: Any,
-    options: dict,
-    use_global_stats: bool,
-    name: str = "fwd",
+    F: Any, x: Any, parameters: dict, options: dict, use_global_stats: bool, name: str = "fwd"
 ) -> Any:
     """Compose a layer without all-reduce: one operator.
 
-    ``options`` are the operator's: axis, eps, momentum, fix_gamma and what there is beyond.
+    ``parameters``: gamma, beta, moving_mean, moving_var, and what there is beyond.  ``options`` are
+    the operator's: axis, eps, momentum, fix_gamma, and what there is beyond.
     """
     return operator(F, "_syncbn_batch_norm")(
-        x,
-        gamma,
-        beta,
-        moving_mean,
-        moving_var,
-        use_global_stats=use_global_stats,
-        name=name,
-        **options,
+        data=x, use_global_stats=use_global_stats, name=name, **parameters, **options
     )
 
 
 def synchronized_batch_norm(
     F: Any,
     x: Any,
-    gamma: Any,
-    beta: Any,
-    moving_mean: Any,
-    moving_var: Any,
+    parameters: dict,
     options: dict,
     key: str,
     num_devices: int | None,
@@ -57,16 +40,18 @@ def synchronized_batch_norm(
     # MXNet's engine keep a layer's calls in order, and a pass is announced by writing it
     # (BeginPass).
     total = operator(F, "_syncbn_sum")(
-        moments, moving_mean, key=key, num_devices=num_devices or 0, call=call, name=names[1]
+        moments,
+        parameters["moving_mean"],
+        key=key,
+        num_devices=num_devices or 0,
+        call=call,
+        name=names[1],
     )
     return operator(F, "_syncbn_normalize")(
-        data,
-        total,
-        backward_context,
-        gamma,
-        beta,
-        moving_mean,
-        moving_var,
+        data=data,
+        statistics=total,
+        backward_context=backward_context,
         name=names[2],
+        **parameters,
         **options,
     )

@@ -21,6 +21,7 @@ from ..networks import (
     unwrap,
 )
 from ..sync_batch_norm import SyncBatchNorm, checked_num_devices
+from .fusing import fuse as fuse_graph
 from .graph import Graph
 from .rewriting import (
     NO_AVERAGE,
@@ -28,6 +29,11 @@ from .rewriting import (
     ConversionError,
     make_plain,
     synchronize,
+)
+
+FUSED = (
+    "MXNet's BatchNorm has no activation; make the network with an activation layer after it, or, "
+    "for inference, use export_for_inference"
 )
 
 
@@ -69,7 +75,7 @@ def _check_registered(blocks):
                     )
 
 
-def convert_sync_batchnorm(net: Any, num_devices: int | None = None) -> Any:
+def convert_sync_batchnorm(net: Any, num_devices: int | None = None, fuse: bool = False) -> Any:
     """Make every batch normalization of a network synchronized.
 
     Every :class:`mxnet.gluon.nn.BatchNorm` and :class:`mxnet.gluon.contrib.nn.SyncBatchNorm`, at
@@ -87,6 +93,11 @@ def convert_sync_batchnorm(net: Any, num_devices: int | None = None) -> Any:
         their number of devices, call :func:`revert_batchnorm` first.
     num_devices : int or None, default None
         As for :class:`SyncBatchNorm`.
+    fuse : bool, default False
+        Let the layers apply the relu or leaky relu that follows them, and add the residual in
+        between, as in a ResNet: results are the same, and steps are faster.  It is done in the
+        graphs of blocks that are hybridized, whenever they are traced; what is read by something
+        else as well stays.  Layers that are synchronized already take part.
 
     Returns
     -------
@@ -124,13 +135,23 @@ def convert_sync_batchnorm(net: Any, num_devices: int | None = None) -> Any:
                 "known to do what nn.BatchNorm does; put nn.BatchNorm (and, for BatchNormReLU, "
                 "nn.Activation('relu')) in its place"
             )
-    graphs = _graphs_of(blocks, lambda graph: synchronize(graph, num_devices))
+
+    def convert(graph):
+        converted = synchronize(graph, num_devices)
+        return converted + (fuse_graph(graph) if fuse else 0)
+
+    graphs = _graphs_of(blocks, convert)
 
     def change(layer):
-        layer.__class__ = SyncBatchNorm
-        _forget_mxnets(layer)
-        settings(layer).update(num_devices=num_devices, track_running_stats=True)
+        if not isinstance(layer, SyncBatchNorm):
+            layer.__class__ = SyncBatchNorm
+            _forget_mxnets(layer)
+            settings(layer).update(num_devices=num_devices, track_running_stats=True)
+        if fuse:
+            settings(layer)["fuse"] = True
 
+    if fuse:
+        layers += [block for block in blocks if isinstance(block, SyncBatchNorm)]
     _apply(blocks[0], layers, graphs, change)
     return net
 
@@ -158,8 +179,8 @@ def revert_batchnorm(net: Any) -> Any:
         If ``net`` is neither.
     ConversionError
         A ValueError: if a layer is of a derived class or does what MXNet's cannot
-        (``momentum=None``, ``track_running_stats=False``), or a graph has an all-reduce that is not
-        part of a batch normalization.  Then nothing has been converted.
+        (``momentum=None``, ``track_running_stats=False``, ``activation``), or a graph has an
+        all-reduce that is not part of a batch normalization.  Then nothing has been converted.
 
     Examples
     --------
@@ -188,7 +209,8 @@ in_channels=None)
 
     def change(layer):
         if type(layer) is SyncBatchNorm:
-            del settings(layer)["num_devices"], settings(layer)["track_running_stats"]
+            for name in ("num_devices", "track_running_stats", "fuse"):
+                settings(layer).pop(name, None)
         layer.__class__ = nn.BatchNorm
         _forget_mxnets(layer)
 
@@ -200,6 +222,8 @@ def _missing_in_mxnets(layer):
     """Say what the layer does that MXNet's cannot, and what to do; or return None."""
     if not layer.track_running_stats:
         return NO_BATCH_STATISTICS
+    if layer.activation is not None:
+        return FUSED
     return NO_AVERAGE if settings(layer)["momentum"] is None else None
 
 
@@ -217,7 +241,7 @@ def _blocks_of(net):
     return blocks_of(net)
 
 
-def convert_symbol(sym: Symbol, num_devices: int | None = None) -> Symbol:
+def convert_symbol(sym: Symbol, num_devices: int | None = None, fuse: bool = False) -> Symbol:
     """Make every batch normalization of a symbol synchronized.
 
     Every ``BatchNorm`` (and ``BatchNorm_v1``, and MXNet's ``_contrib_SyncBatchNorm``) is replaced.
@@ -232,6 +256,9 @@ def convert_symbol(sym: Symbol, num_devices: int | None = None) -> Symbol:
         Number of devices that take part.  For :class:`mxnet.mod.Module`, the number of its
         contexts.  None: determined by :class:`ModelDataParallel`; without one, the number of
         visible GPUs, or 1: in a Module, every CPU context by itself.
+    fuse : bool, default False
+        Let each normalization apply the relu or leaky relu that follows it, and add the residual in
+        between, where nothing else reads them.  :func:`revert_batchnorm` undoes it.
 
     Returns
     -------
@@ -260,4 +287,6 @@ def convert_symbol(sym: Symbol, num_devices: int | None = None) -> Symbol:
         )
     graph = Graph(sym)
     synchronize(graph, checked_num_devices(num_devices))
+    if fuse:
+        fuse_graph(graph)
     return graph.symbol()
