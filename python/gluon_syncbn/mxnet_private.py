@@ -32,6 +32,11 @@ def internal(F: Any) -> Any:
     return F._internal
 
 
+def with_shape_of(F: Any, value: Any, other: Any) -> Any:
+    """Return ``value``, letting MXNet infer its shape and that of ``other`` from each other."""
+    return internal(F)._identity_with_attr_like_rhs(value, other)
+
+
 def make_operator_functions(operator: str, submodule: str, name: str) -> None:
     """Create ``mx.nd.submodule.name`` and ``mx.sym.submodule.name`` for a registered operator."""
     handle = OpHandle()
