@@ -9,6 +9,7 @@ from . import symbol  # noqa: E402
 from .centered_convolution import CenConv2d  # noqa: E402
 from .conversion import (  # noqa: E402
     ConversionError,
+    convert_mabn,
     convert_symbol,
     convert_sync_batchnorm,
     export_for_inference,
@@ -40,6 +41,7 @@ __all__ = [
     "MABN2d",
     "ModelDataParallel",
     "SyncBatchNorm",
+    "convert_mabn",
     "convert_symbol",
     "convert_sync_batchnorm",
     "export_for_inference",

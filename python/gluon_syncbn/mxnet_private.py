@@ -146,6 +146,14 @@ def is_batch_norm(block: Any) -> bool:
     return isinstance(block, nn.basic_layers._BatchNorm)
 
 
+def forget_parameter(block: Any, name: str) -> None:
+    """Take a parameter out of a block, if it has it."""
+    parameter = block._reg_params.pop(name, None)
+    if parameter is not None:
+        block.params._params.pop(parameter.name, None)
+        vars(block).pop(name, None)
+
+
 def has_static_shape(block: Any) -> bool:
     """Whether a block was hybridized with ``static_shape=True``."""
     return bool(dict(block._flags).get("static_shape"))

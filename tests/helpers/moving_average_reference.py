@@ -13,7 +13,7 @@ class MovingAverage:
     def __init__(self, channels, size, momentum=0.98, epsilon=1e-5, warmup_iters=100):
         self.size, self.momentum, self.epsilon = size, momentum, epsilon
         self.warmup_iters = warmup_iters
-        self.iters = 0
+        self.iters, self.r = 0, 1.0
         self.running_var = np.ones(channels)
         self.buffer_x2, self.buffer_gz = np.zeros((2, size, channels))
 
@@ -37,6 +37,7 @@ class MovingAverage:
             r = np.sqrt(var + self.epsilon) / np.sqrt(self.running_var + self.epsilon)
             r = r.clip(1 / 5, 5)
         self.running_var = self.momentum * self.running_var + (1 - self.momentum) * var
+        self.r = r
         y = self._per_channel(r) * z
         saved = z, y, var, r * gamma, self.iters
         return self._per_channel(gamma) * y + self._per_channel(beta), saved
