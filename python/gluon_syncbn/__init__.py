@@ -6,8 +6,10 @@ check_environment()
 
 # Only now: with another NumPy these fail in obscure ways, inside MXNet.
 from . import symbol  # noqa: E402
+from .centered_convolution import CenConv2d  # noqa: E402
 from .conversion import (  # noqa: E402
     ConversionError,
+    convert_mabn,
     convert_symbol,
     convert_sync_batchnorm,
     export_for_inference,
@@ -21,6 +23,7 @@ from .data_parallel import (  # noqa: E402
 )
 from .key_barrier import get_timeout, set_timeout  # noqa: E402
 from .key_barrier_sum import KeyBarrierSum  # noqa: E402
+from .moving_average import MABN2d  # noqa: E402
 from .startup import start  # noqa: E402
 from .sync_batch_norm import BatchNorm, SyncBatchNorm  # noqa: E402
 from .version import __version__  # noqa: E402, F401
@@ -30,12 +33,15 @@ del start
 
 __all__ = [
     "BatchNorm",
+    "CenConv2d",
     "ConversionError",
     "DataParallelCriterion",
     "DataParallelModel",
     "KeyBarrierSum",
+    "MABN2d",
     "ModelDataParallel",
     "SyncBatchNorm",
+    "convert_mabn",
     "convert_symbol",
     "convert_sync_batchnorm",
     "export_for_inference",

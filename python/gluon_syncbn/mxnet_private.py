@@ -32,6 +32,11 @@ def internal(F: Any) -> Any:
     return F._internal
 
 
+def with_shape_of(F: Any, value: Any, other: Any) -> Any:
+    """Return ``value``, letting MXNet infer its shape and that of ``other`` from each other."""
+    return internal(F)._identity_with_attr_like_rhs(value, other)
+
+
 def make_operator_functions(operator: str, submodule: str, name: str) -> None:
     """Create ``mx.nd.submodule.name`` and ``mx.sym.submodule.name`` for a registered operator."""
     handle = OpHandle()
@@ -139,6 +144,14 @@ def settings(layer: Any) -> dict:
 def is_batch_norm(block: Any) -> bool:
     """Whether a block is batch normalization of any kind."""
     return isinstance(block, nn.basic_layers._BatchNorm)
+
+
+def forget_parameter(block: Any, name: str) -> None:
+    """Take a parameter out of a block, if it has it."""
+    parameter = block._reg_params.pop(name, None)
+    if parameter is not None:
+        block.params._params.pop(parameter.name, None)
+        vars(block).pop(name, None)
 
 
 def has_static_shape(block: Any) -> bool:

@@ -20,6 +20,54 @@ def local_batch_norm(
     )
 
 
+def moving_average_batch_norm(
+    F: Any,
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    states: tuple,
+    options: dict,
+    averages: dict,
+    ndim: int,
+    all_reduce: tuple | None,
+) -> Any:
+    """Compose moving average batch normalization: moments, perhaps the all-reduce, normalization.
+
+    Parameters
+    ----------
+    states : tuple
+        ``running_var, buffer_x2, iters, buffer_gz``.
+    options, averages : dict
+        ``eps, momentum, fix_gamma`` and ``buffer_size, warmup_iters``.
+    ndim : int
+        The number of dimensions that ``x`` must have, or 0.
+    all_reduce : tuple or None
+        The key, ``num_devices``, which may be None, and ``call``; see `synchronized_batch_norm`.
+    """
+    running_var, buffer_x2, iters, buffer_gz = states
+    data, moments, backward_context = operator(F, "_syncbn_mabn_moments")(
+        x, buffer_gz, ndim=ndim, name="moments", **averages
+    )
+    if all_reduce is not None:
+        key, num_devices, call = all_reduce
+        moments = operator(F, "_syncbn_sum")(
+            moments, running_var, key=key, num_devices=num_devices or 0, call=call, name="sum"
+        )
+    return operator(F, "_syncbn_mabn_normalize")(
+        data,
+        moments,
+        backward_context,
+        gamma,
+        beta,
+        running_var,
+        buffer_x2,
+        iters,
+        name="fwd",
+        **options,
+        **averages,
+    )
+
+
 def synchronized_batch_norm(
     F: Any,
     x: Any,

@@ -22,8 +22,10 @@ from .library import LIBRARY, check
 
 # The all-reduce of a layer, or a KeyBarrierSum.  `num_devices`: None if the pass determines it.
 # `statistics`: the Parameters that training updates, the moving mean first; () for KeyBarrierSum.
-# `local`: the layer needs no all-reduce.
-Exchange = namedtuple("Exchange", "name key num_devices statistics local")
+# `local`: the layer needs no all-reduce.  `late_statistics`: those that backward updates.
+Exchange = namedtuple(
+    "Exchange", "name key num_devices statistics local late_statistics", defaults=((),)
+)
 
 _thread = threading.local()
 _warned = False
@@ -48,6 +50,7 @@ class Pass:
         self.failure = None  # why the devices should not go on
         self._net = weakref.ref(net)
         self._begun = []
+        self._late = []  # Parameters that backward updates
 
     @property
     def exchanges(self):
@@ -63,11 +66,17 @@ class Pass:
 
     def sync_idle_devices(self):
         """Copy the statistics to devices without input."""
+        self._copy_to_idle(p for e in self.exchanges for p in e.statistics)
+
+    def sync_idle_devices_late(self):
+        """Copy the statistics that backward has updated to devices without input."""
+        self._copy_to_idle(self._late)
+
+    def _copy_to_idle(self, parameters):
         source = self.present[0]
-        for exchange in self.exchanges:
-            for parameter in exchange.statistics:
-                for device in self.idle:
-                    parameter.data(source).copyto(parameter.data(device))
+        for parameter in parameters:
+            for device in self.idle:
+                parameter.data(source).copyto(parameter.data(device))
 
     def zero_idle_gradients(self):
         """Zero the gradients of devices without input."""
@@ -83,6 +92,7 @@ class Pass:
 
     def close(self):
         """Forget what was needed while the devices ran their forward parts."""
+        self._late = [p for e in self.exchanges for p in e.late_statistics] if self.idle else []
         self._begun = []
 
     def fail(self, why):

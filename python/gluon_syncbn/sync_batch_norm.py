@@ -55,6 +55,14 @@ _lock = threading.Lock()
 _OPTIONS = "axis", "eps", "momentum", "fix_gamma", "activation", "slope"
 
 
+def key_of(layer: Any, name: str) -> str:
+    """Return the key of a layer's all-reduce: its name, made unique in this process."""
+    with _lock:
+        if layer not in _keys:
+            _keys[layer] = KEYS.of_layer(name)
+        return _keys[layer]
+
+
 def checked_num_devices(num_devices: Any) -> int | None:
     """Return None or a positive integer; raise ValueError for anything else."""
     if num_devices is None:
@@ -293,10 +301,7 @@ default 'zeros' and 'ones'
     @property
     def key(self) -> str:
         """The key of the layer's all-reduce: its prefix, made unique in this process."""
-        with _lock:
-            if self not in _keys:
-                _keys[self] = KEYS.of_layer(self.prefix or self._alias())
-            return _keys[self]
+        return key_of(self, self.prefix or self._alias())
 
     @property
     def exchange(self) -> Exchange:

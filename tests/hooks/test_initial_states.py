@@ -26,6 +26,12 @@ def raw_alone():
     )
 
 
+def raw_moving_average():
+    op = mx.sym._internal
+    data, moments, context = op._syncbn_mabn_moments(mx.sym.var("data"), buffer_size=2, name="m")
+    return op._syncbn_mabn_normalize(data, moments, context, buffer_size=2, name="norm")
+
+
 def without_marks():
     """As in a file that another program has written."""
     graph = Graph(mx.sym.BatchNorm(mx.sym.var("data"), name="norm"))
@@ -44,9 +50,18 @@ def without_marks():
         ),
         raw,
         raw_alone,
+        raw_moving_average,
         without_marks,
     ],
-    ids=["function", "alone", "own-variables", "raw", "raw-alone", "without-marks"],
+    ids=[
+        "function",
+        "alone",
+        "own-variables",
+        "raw",
+        "raw-alone",
+        "raw-moving-average",
+        "without-marks",
+    ],
 )
 def test_statistics_are_initialized(make):
     """Independently of the initializer of the weights, and of names."""
@@ -55,7 +70,7 @@ def test_statistics_are_initialized(make):
     module.bind([("data", (2, 3))])
     module.init_params(mx.init.Mixed([".*"], [mx.init.Constant(7)]))
     _, states = module.get_params()
-    assert len(states) == 2
+    assert len(states) == (4 if make is raw_moving_average else 2)
     for name, state in states.items():
         wanted = 1 if name.endswith("var") or name == "even" else 0
         np.testing.assert_array_equal(state.asnumpy(), wanted)

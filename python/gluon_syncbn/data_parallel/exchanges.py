@@ -4,10 +4,11 @@ import weakref
 
 from mxnet.gluon import SymbolBlock
 
-from ..conversion.fusing import inputs_of, states_of
 from ..conversion.graph import Graph
+from ..conversion.operator_inputs import states_of
 from ..conversion.rewriting import EXCHANGES
 from ..keys import KEYS
+from ..moving_average import MABN2d
 from ..mxnet_private import graph_of
 from ..networks import blocks_of, set_graph
 from ..passes import Exchange
@@ -42,20 +43,26 @@ def _read_graph(block):
     def statistics_of(node):
         return tuple(block.params[source.name] for source, _ in states_of(node))
 
-    statistics = {
-        inputs_of(node)["moving_mean"][0].name: statistics_of(node)
-        for node in graph.nodes
-        if node.op == "_syncbn_normalize"
-    }
-    found = []
+    found, statistics, late = [], {}, {}  # by the name of the first one
+    for node in graph.nodes:
+        if node.op in ("_syncbn_normalize", "_syncbn_mabn_normalize"):
+            (first, _), *_ = states_of(node)
+            name, moments = first.name, node.inputs[0][0]
+            statistics[name] = statistics_of(node)
+            if moments.op == "_syncbn_mabn_moments":
+                late[name] = statistics_of(moments)
+            if node.inputs[1][0] is moments:  # without an all-reduce
+                exchange = statistics[name], True, late.get(name, ())
+                found.append(Exchange(node.name, node.name, None, *exchange))
     for node in graph.nodes:
         if node.op == "_syncbn_batch_norm":
             count = None if node.flag("use_global_stats", False) else 1
             found.append(Exchange(node.name, node.name, count, statistics_of(node), True))
         elif node.op in EXCHANGES:
-            moved = statistics[node.inputs[1][0].name] if node.op == "_syncbn_sum" else ()
             count = int(node.attrs.get("num_devices", 0)) or None
-            found.append(Exchange(node.name, node.attrs["key"], count, moved, False))
+            name = node.inputs[1][0].name if node.op == "_syncbn_sum" else None
+            moved = statistics.get(name, ()), False, late.get(name, ())
+            found.append(Exchange(node.name, node.attrs["key"], count, *moved))
     return found
 
 
@@ -63,7 +70,7 @@ def exchanges_of(net):
     """List the all-reduces of a block and of everything below it, shared layers once."""
     found = []
     for block in blocks_of(net):
-        if isinstance(block, SyncBatchNorm):
+        if isinstance(block, (SyncBatchNorm, MABN2d)):
             found.append(block.exchange)
         elif isinstance(block, SymbolBlock):
             graph = graph_of(block)

@@ -93,6 +93,15 @@ void RunLocal(const Gpu& gpu, const NormalizeForwardParams& params, double* stat
 void RunLocal(const Gpu& gpu, const LocalBackwardParams& params) {
   CALL_CUDA(LocalBackward, &gpu, &params);
 }
+void Run(const Gpu& gpu, const MovingAverageForwardParams& params) {
+  CALL_CUDA(MovingAverageForward, &gpu, &params);
+}
+void Run(const Gpu& gpu, const MovingAverageSumsParams& params) {
+  CALL_CUDA(MovingAverageSums, &gpu, &params);
+}
+void Run(const Gpu& gpu, const MovingAverageBackwardParams& params) {
+  CALL_CUDA(MovingAverageBackward, &gpu, &params);
+}
 
 void ReadValues(int device, DataType type, const void* from, std::size_t count, ValuesRead done) {
   auto data = std::make_unique<ValuesRead>(std::move(done));

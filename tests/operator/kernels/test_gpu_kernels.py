@@ -13,6 +13,7 @@ import pytest
 
 import emulated_cuda
 import gpu_kernels as checks
+import gpu_moving_average
 
 DTYPES = ["float16", "float32", "float64"]
 # Planes and rows with and without whole accesses, few channels and many.
@@ -181,6 +182,12 @@ def test_two_devices(kernels, dtype, shape, axis):
 @pytest.mark.parametrize("shape, axis", [((0, 3), 1), ((0, 8, 4, 4), 1), ((2, 8, 0), 1)])
 def test_no_elements(kernels, dtype, shape, axis):
     checks.check_no_elements(kernels, dtype, shape, axis)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 7, 7), (2, 300, 1, 2)])
+def test_moving_averages(kernels, dtype, shape):
+    gpu_moving_average.check_steps(kernels, dtype, shape)
 
 
 def test_on_a_device_that_is_not_the_current_one(library):

@@ -54,6 +54,21 @@ GLUON_SYNCBN_CUDA(LocalBackward, const gluon_syncbn::Gpu* gpu,
   return Guarded([=] { RunLocal(*gpu, *params); });
 }
 
+GLUON_SYNCBN_CUDA(MovingAverageForward, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::MovingAverageForwardParams* params) {
+  return Guarded([=] { Run(*gpu, *params); });
+}
+
+GLUON_SYNCBN_CUDA(MovingAverageSums, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::MovingAverageSumsParams* params) {
+  return Guarded([=] { Run(*gpu, *params); });
+}
+
+GLUON_SYNCBN_CUDA(MovingAverageBackward, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::MovingAverageBackwardParams* params) {
+  return Guarded([=] { Run(*gpu, *params); });
+}
+
 GLUON_SYNCBN_CUDA(ReadValues, int device, gluon_syncbn::DataType type, const void* from,
                   std::size_t count, GluonSyncBNValuesRead done, void* data) {
   return Guarded([=] { gluon_syncbn::ReadDeviceValues(device, type, from, count, done, data); });
