@@ -224,6 +224,19 @@ def set_gluon_steps(steps: GluonSteps) -> None:
 # --- autograd and random numbers
 
 
+def watch_backward(after: Callable[[], None]) -> None:
+    """Call a function after each backward pass that has been queued."""
+    run = _LIB.MXAutogradBackwardEx
+
+    def watched(*arguments):
+        status = run(*arguments)
+        if status == 0:
+            after()
+        return status
+
+    _LIB.MXAutogradBackwardEx = watched
+
+
 def is_recorded(array: Any) -> bool:
     """Whether autograd knows an array: by an attached gradient, or as a recorded result."""
     handle = SymbolHandle()
