@@ -68,6 +68,26 @@ def moving_average_batch_norm(
     )
 
 
+def _moments(F, x, options, weights, name):
+    given = {name: options[name] for name in ("axis", "use_batch_stats") if name in options}
+    if weights is not None:
+        given.update(weights=F.BlockGrad(weights), weighted=True)
+    return operator(F, "_syncbn_moments")(data=x, name=name, **given)
+
+
+def weighted_batch_norm(F: Any, x: Any, parameters: dict, options: dict, weights: Any) -> Any:
+    """Compose a layer with weights without all-reduce: moments, normalization."""
+    data, moments, backward_context = _moments(F, x, options, weights, "moments")
+    return operator(F, "_syncbn_normalize")(
+        data=data,
+        statistics=moments,
+        backward_context=backward_context,
+        name="fwd",
+        **parameters,
+        **options,
+    )
+
+
 def synchronized_batch_norm(
     F: Any,
     x: Any,
@@ -77,13 +97,14 @@ def synchronized_batch_norm(
     num_devices: int | None,
     call: int,
     names: tuple = ("moments", "sum", "fwd"),
+    weights: Any = None,
 ) -> Any:
     """Compose a synchronized layer: moments, the all-reduce, normalization.
 
-    ``num_devices`` may be None; ``call`` tells apart a key's uses in a graph.
+    ``num_devices`` may be None; ``call`` tells apart a key's uses in a graph.  ``weights``: of
+    samples or positions, or None.
     """
-    of_moments = {name: options[name] for name in ("axis", "use_batch_stats") if name in options}
-    data, moments, backward_context = operator(F, "_syncbn_moments")(x, name=names[0], **of_moments)
+    data, moments, backward_context = _moments(F, x, options, weights, names[0])
     # The sum neither reads nor writes the moving mean.  As an auxiliary state of it, it makes
     # MXNet's engine keep a layer's calls in order, and a pass is announced by writing it
     # (BeginPass).

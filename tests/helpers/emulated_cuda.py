@@ -16,7 +16,7 @@ import sys
 from paths import OPERATOR, PACKAGE, TESTS
 
 SOURCES = TESTS / "cuda_emulation"
-KERNELS = ["kernels.cc", "moving_average_kernels.cc"]
+KERNELS = ["kernels.cc", "moving_average_kernels.cc", "weighted_moments.cc"]
 FLAGS = "-std=c++17 -O2 -Wall -Wextra -Werror -Wno-unknown-pragmas -shared -fPIC -pthread".split()
 # A GPU does not forgive an access that is not aligned; a CPU would.
 FLAGS += "-fsanitize=undefined -fno-sanitize-recover=all".split()

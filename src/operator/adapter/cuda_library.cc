@@ -87,6 +87,14 @@ void Run(const Gpu& gpu, const NormalizeBackwardParams& params) {
 void Run(const Gpu& gpu, const MomentsBackwardParams& params) {
   CALL_CUDA(MomentsBackward, &gpu, &params);
 }
+void RunWeighted(const Gpu& gpu, const MomentsForwardParams& params,
+                 const PositionWeights& weights) {
+  CALL_CUDA(WeightedMomentsForward, &gpu, &params, &weights);
+}
+void RunWeighted(const Gpu& gpu, const MomentsBackwardParams& params,
+                 const PositionWeights& weights) {
+  CALL_CUDA(WeightedMomentsBackward, &gpu, &params, &weights);
+}
 void RunLocal(const Gpu& gpu, const NormalizeForwardParams& params, double* statistics) {
   CALL_CUDA(LocalForward, &gpu, &params, statistics);
 }

@@ -162,6 +162,14 @@ def test_moving_statistics_write_modes_and_copies(kernels, dtype, shape, axis):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_weights(kernels, dtype, per_sample):
+    for shape, axis in (((5, 3, 7, 6), 1), ((5, 4, 6, 3), -1), ((300, 6), 1)):
+        for mode in (checks.WRITE, checks.ADD):
+            checks.check_weights(kernels, dtype, shape, axis, per_sample, mode)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize(
     "slope, residual", [(0.0, False), (0.25, False), (0.0, True), (None, True)]

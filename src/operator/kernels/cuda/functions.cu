@@ -23,6 +23,7 @@ const char* Guarded(Function function) {
 
 using gluon_syncbn::Run;
 using gluon_syncbn::RunLocal;
+using gluon_syncbn::RunWeighted;
 
 GLUON_SYNCBN_CUDA(MomentsForward, const gluon_syncbn::Gpu* gpu,
                   const gluon_syncbn::MomentsForwardParams* params) {
@@ -42,6 +43,18 @@ GLUON_SYNCBN_CUDA(NormalizeBackward, const gluon_syncbn::Gpu* gpu,
 GLUON_SYNCBN_CUDA(MomentsBackward, const gluon_syncbn::Gpu* gpu,
                   const gluon_syncbn::MomentsBackwardParams* params) {
   return Guarded([=] { Run(*gpu, *params); });
+}
+
+GLUON_SYNCBN_CUDA(WeightedMomentsForward, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::MomentsForwardParams* params,
+                  const gluon_syncbn::PositionWeights* weights) {
+  return Guarded([=] { RunWeighted(*gpu, *params, *weights); });
+}
+
+GLUON_SYNCBN_CUDA(WeightedMomentsBackward, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::MomentsBackwardParams* params,
+                  const gluon_syncbn::PositionWeights* weights) {
+  return Guarded([=] { RunWeighted(*gpu, *params, *weights); });
 }
 
 GLUON_SYNCBN_CUDA(LocalForward, const gluon_syncbn::Gpu* gpu,

@@ -9,6 +9,7 @@
 
 #include "kernels/batch_norm_kernels.h"
 #include "kernels/moving_average_kernels.h"
+#include "kernels/weighted_moments.h"
 
 #define GLUON_SYNCBN_CUDA(name, ...) \
   extern "C" __attribute__((visibility("default"))) const char* GluonSyncBNCuda##name(__VA_ARGS__)
@@ -22,6 +23,12 @@ GLUON_SYNCBN_CUDA(NormalizeBackward, const gluon_syncbn::Gpu* gpu,
                   const gluon_syncbn::NormalizeBackwardParams* params);
 GLUON_SYNCBN_CUDA(MomentsBackward, const gluon_syncbn::Gpu* gpu,
                   const gluon_syncbn::MomentsBackwardParams* params);
+GLUON_SYNCBN_CUDA(WeightedMomentsForward, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::MomentsForwardParams* params,
+                  const gluon_syncbn::PositionWeights* weights);
+GLUON_SYNCBN_CUDA(WeightedMomentsBackward, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::MomentsBackwardParams* params,
+                  const gluon_syncbn::PositionWeights* weights);
 GLUON_SYNCBN_CUDA(LocalForward, const gluon_syncbn::Gpu* gpu,
                   const gluon_syncbn::NormalizeForwardParams* params, double* statistics);
 GLUON_SYNCBN_CUDA(LocalBackward, const gluon_syncbn::Gpu* gpu,
