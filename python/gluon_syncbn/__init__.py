@@ -19,6 +19,7 @@ from .data_parallel import (  # noqa: E402
     ModelDataParallel,
     parallel_backward,
 )
+from .dimensions import BatchNorm1d, BatchNorm2d, BatchNorm3d  # noqa: E402
 from .key_barrier import get_timeout, set_timeout  # noqa: E402
 from .key_barrier_sum import KeyBarrierSum  # noqa: E402
 from .startup import start  # noqa: E402
@@ -30,6 +31,9 @@ del start
 
 __all__ = [
     "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "ConversionError",
     "DataParallelCriterion",
     "DataParallelModel",

@@ -49,9 +49,13 @@ def synchronized_batch_norm(
 ) -> Any:
     """Compose a synchronized layer: moments, the all-reduce, normalization.
 
+    ``options`` are those of :func:`local_batch_norm`.
     ``num_devices`` may be None; ``call`` tells apart a key's uses in a graph.
     """
+    options = dict(options)
     of_moments = {name: options[name] for name in ("axis", "use_batch_stats") if name in options}
+    if "spatial_dims" in options:
+        of_moments["spatial_dims"] = options.pop("spatial_dims")
     data, moments, backward_context = operator(F, "_syncbn_moments")(x, name=names[0], **of_moments)
     # The sum neither reads nor writes the moving mean.  As an auxiliary state of it, it makes
     # MXNet's engine keep a layer's calls in order, and a pass is announced by writing it

@@ -170,6 +170,7 @@ default 'zeros' and 'ones'
     """
 
     num_batches_tracked = None  # a Parameter if momentum is None
+    spatial_dims: int | None = None  # dimensions that the input must have besides N and C
 
     def __init__(
         self,
@@ -265,6 +266,8 @@ default 'zeros' and 'ones'
         """Compose the operators of one call; see the module's first lines."""
         given = settings(self)
         options = {k: given[k] for k in ("axis", "eps", "momentum", "fix_gamma")}
+        if self.spatial_dims is not None:
+            options["spatial_dims"] = self.spatial_dims
         if not given["track_running_stats"]:
             options["use_batch_stats"] = True
         if options["momentum"] is None:

@@ -11,6 +11,7 @@ from typing import Any
 from mxnet.gluon import Block, SymbolBlock, contrib, nn
 from mxnet.symbol import Symbol
 
+from ..dimensions import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from ..mxnet_private import graph_of, is_batch_norm, settings
 from ..networks import (
     blocks_of,
@@ -140,7 +141,7 @@ def revert_batchnorm(net: Any) -> Any:
 
     The way back from :func:`convert_sync_batchnorm`: every :class:`SyncBatchNorm` (and MXNet's)
     becomes an :class:`mxnet.gluon.nn.BatchNorm` with the same settings and parameters; graphs
-    likewise.
+    likewise.  (What was :class:`BatchNorm2d` no longer checks its input's dimensions.)
 
     Parameters
     ----------
@@ -176,18 +177,18 @@ in_channels=None)
     kinds = SyncBatchNorm, contrib.nn.SyncBatchNorm
     layers = [block for block in blocks if isinstance(block, kinds)]
     for layer in layers:
-        if type(layer) not in kinds:
+        if type(layer) not in (*kinds, BatchNorm1d, BatchNorm2d, BatchNorm3d):
             raise ConversionError(
                 f"{layer.name} is a {type(layer).__name__}, which is not known to do what "
                 "SyncBatchNorm does; put SyncBatchNorm in its place"
             )
-        missing = type(layer) is SyncBatchNorm and _missing_in_mxnets(layer)
+        missing = isinstance(layer, SyncBatchNorm) and _missing_in_mxnets(layer)
         if missing:
             raise ConversionError(f"{layer.name} cannot be converted: {missing}")
     graphs = _graphs_of(blocks, make_plain)
 
     def change(layer):
-        if type(layer) is SyncBatchNorm:
+        if isinstance(layer, SyncBatchNorm):
             del settings(layer)["num_devices"], settings(layer)["track_running_stats"]
         layer.__class__ = nn.BatchNorm
         _forget_mxnets(layer)

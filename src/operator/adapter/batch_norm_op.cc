@@ -26,6 +26,7 @@ struct BatchNormParam : public dmlc::Parameter<BatchNormParam> {
   bool fix_gamma;
   bool use_batch_stats;
   bool use_global_stats;
+  int spatial_dims;
   DMLC_DECLARE_PARAMETER(BatchNormParam) {
     DMLC_DECLARE_FIELD(axis).set_default(1).describe("The channel axis; negative from the end.");
     DMLC_DECLARE_FIELD(eps).set_default(1e-5).describe("Added to the variance.");
@@ -45,6 +46,11 @@ struct BatchNormParam : public dmlc::Parameter<BatchNormParam> {
     DMLC_DECLARE_FIELD(use_global_stats)
         .set_default(false)
         .describe("Normalize by the moving statistics in training as well.");
+    DMLC_DECLARE_FIELD(spatial_dims)
+        .set_default(0)
+        .describe(
+            "The number of dimensions besides batch and channels that the input must have (with 1, "
+            "none is right as well); 0: any number.");
   }
 };
 
@@ -95,6 +101,9 @@ class BatchNormOpProperty : public BatchNormProperty<BatchNormOpProperty, BatchN
 
   bool InferShape(mxnet::ShapeVector* in, mxnet::ShapeVector* out,
                   mxnet::ShapeVector* aux) const override {
+    if (mxnet::ndim_is_known(in->front())) {
+      CheckSpatialDims(param_.spatial_dims, in->front().ndim());
+    }
     const bool known = BatchNormProperty::InferShape(in, out, aux);
     out->resize(2);
     if (mxnet::shape_is_known(in->at(kGamma))) {

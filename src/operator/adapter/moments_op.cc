@@ -24,11 +24,17 @@ enum Outputs { kOutput, kStatistics, kBackwardContext };
 struct MomentsParam : public dmlc::Parameter<MomentsParam> {
   int axis;
   bool use_batch_stats;
+  int spatial_dims;
   DMLC_DECLARE_PARAMETER(MomentsParam) {
     DMLC_DECLARE_FIELD(axis).set_default(1).describe("The channel axis; negative from the end.");
     DMLC_DECLARE_FIELD(use_batch_stats)
         .set_default(false)
         .describe("Compute statistics in inference as well, where nothing is exchanged.");
+    DMLC_DECLARE_FIELD(spatial_dims)
+        .set_default(0)
+        .describe(
+            "The number of dimensions besides batch and channels that the input must have (with 1, "
+            "none is right as well); 0: any number.");
   }
 };
 
@@ -94,6 +100,7 @@ class MomentsProperty : public ParameterizedProperty<MomentsProperty, MomentsPar
     mxnet::TShape& data = in->at(0);
     Unify(&data, &out->at(kOutput), "data");
     if (!mxnet::ndim_is_known(data)) return false;
+    CheckSpatialDims(param_.spatial_dims, data.ndim());
     const auto channels = data[ChannelAxis(param_.axis, data.ndim())];
     if (mxnet::dim_size_is_known(channels)) {
       const auto c = static_cast<std::size_t>(channels);
