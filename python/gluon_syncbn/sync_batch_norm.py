@@ -52,17 +52,29 @@ _lock = threading.Lock()
 
 def checked_num_devices(num_devices: Any) -> int | None:
     """Return None or a positive integer; raise ValueError for anything else."""
-    if num_devices is None:
+    return _checked("num_devices", num_devices, "what ModelDataParallel says")
+
+
+def checked_group_size(group_size: Any, num_devices: int | None = None) -> int | None:
+    """Return None or a positive integer that divides ``num_devices``, or raise ValueError."""
+    group_size = _checked("group_size", group_size, "all devices")
+    if group_size is not None and num_devices is not None and num_devices % group_size:
+        raise ValueError(
+            f"num_devices={num_devices} is no multiple of group_size={group_size}; leave out "
+            "num_devices, or take a multiple"
+        )
+    return group_size
+
+
+def _checked(name, value, none):
+    if value is None:
         return None
     try:
-        number = 0 if isinstance(num_devices, bool) else operator.index(num_devices)
+        number = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = 0
     if number <= 0:
-        raise ValueError(
-            "num_devices must be a positive integer, or None for what ModelDataParallel says, but "
-            f"is {num_devices!r}"
-        )
+        raise ValueError(f"{name} must be a positive integer, or None for {none}, but is {value!r}")
     return number
 
 
@@ -106,14 +118,19 @@ default 'zeros' and 'ones'
         False, as in PyTorch: inference normalizes by the statistics of its own batch as well, those
         of the shard on each device, and training moves nothing.  ``running_mean`` and
         ``running_var`` exist all the same, so that checkpoints fit whatever the option.
+    group_size : int or None, default None
+        Synchronize over groups of so many devices: the first k of :class:`ModelDataParallel`'s
+        ``ctx_list``, the next k, and so on, as PyTorch's ``process_group`` and Apex's groups do.
+        The number of devices must be a multiple.  1: each device by itself.  None: all devices.
     **kwargs
         ``prefix`` and ``params``, as for any Block; ``nGPUs``, an older name of ``num_devices``.
 
     Raises
     ------
     ValueError
-        If ``num_devices`` is neither None nor a positive integer, or ``use_global_stats`` is
-        combined with ``track_running_stats=False``.
+        If ``num_devices`` or ``group_size`` is neither None nor a positive integer, or the first is
+        no multiple of the second; or if ``use_global_stats`` is combined with
+        ``track_running_stats=False``.
 
     See Also
     --------
@@ -131,6 +148,8 @@ default 'zeros' and 'ones'
     - *mxnet.MXNetError*: from the call, for integer data, an ``axis`` out of range or a number of
       channels that does not fit; when the output is read, if another device has not arrived by the
       deadline (:func:`set_timeout`).
+    - *RuntimeError*: in training outside of :class:`ModelDataParallel`, with a ``group_size`` of 2
+      or more.
 
     **Edge cases.** A shard without elements (under :func:`mxnet.util.np_shape`) contributes
     nothing; if no device has any, the moving statistics do not change.  One value per channel over
@@ -138,6 +157,15 @@ default 'zeros' and 'ones'
     ``beta`` and the gradient 0.  (PyTorch raises an error; but a program that works with
     ``nn.BatchNorm`` must not break, and the number of values on all devices is known only after the
     call has returned.)
+
+    **Groups.** With ``group_size`` the moving statistics are those of a device's group, so they
+    differ between groups: in inference, what a device computes depends on its group, and a
+    checkpoint, in which Gluon writes the average over the devices, has the average of the groups'
+    means and of their variances.  A group that has no input in a step keeps its moving statistics.
+    (A Trainer's first step copies those of the first device to all.)  Gradients of gamma and beta
+    are, as ever, each device's own, and the Trainer sums them over all devices.  An exported graph
+    remembers the group size and trains in a ``SymbolBlock`` in :class:`ModelDataParallel`; Module,
+    which does not say which of its contexts are a group, refuses to train it.
 
     References
     ----------
@@ -187,11 +215,13 @@ default 'zeros' and 'ones'
         running_variance_initializer: str | Initializer = "ones",
         axis: int = 1,
         track_running_stats: bool = True,
+        group_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         if num_devices is None:
             num_devices = kwargs.pop("nGPUs", None)
         num_devices = checked_num_devices(num_devices)
+        group_size = checked_group_size(group_size, num_devices)
         if use_global_stats and not track_running_stats:
             raise ValueError(
                 "use_global_stats=True normalizes by the moving statistics, which a layer with "
@@ -212,7 +242,9 @@ default 'zeros' and 'ones'
             **kwargs,
         )
         settings(self).update(  # shown by repr()
-            num_devices=num_devices, track_running_stats=bool(track_running_stats)
+            num_devices=num_devices,
+            track_running_stats=bool(track_running_stats),
+            group_size=group_size,
         )
         if momentum is None and track_running_stats:
             self.num_batches_tracked = self.params.get(
@@ -233,6 +265,11 @@ default 'zeros' and 'ones'
     def num_devices(self) -> int | None:
         """The number of devices that the layer was given, or None."""
         return settings(self)["num_devices"]
+
+    @property
+    def group_size(self) -> int | None:
+        """The number of devices in a group, or None if all are synchronized."""
+        return settings(self)["group_size"]
 
     @property
     def track_running_stats(self) -> bool:
@@ -256,8 +293,10 @@ default 'zeros' and 'ones'
     @property
     def exchange(self) -> Exchange:
         """The layer's all-reduce, as a pass sees it."""
-        local = self.num_devices == 1 or settings(self)["use_global_stats"]
-        return Exchange(self.name, self.key, self.num_devices, self.statistics, local)
+        local = 1 in (self.num_devices, self.group_size) or settings(self)["use_global_stats"]
+        return Exchange(
+            self.name, self.key, self.num_devices, self.statistics, local, self.group_size
+        )
 
     @either_kind
     def hybrid_forward(
@@ -280,13 +319,16 @@ default 'zeros' and 'ones'
         # now.
         inference = imperative and not autograd.is_training()
         num_devices, use_global_stats = given["num_devices"], given["use_global_stats"]
-        if use_global_stats or num_devices == 1 or inference:
-            return local_batch_norm(F, *inputs, options, use_global_stats)
+        group_size = given["group_size"]
+        if use_global_stats or 1 in (num_devices, group_size) or inference:
+            return local_batch_norm(F, *inputs, options, use_global_stats, group_size=group_size)
         if imperative:
             begin([self.exchange], x.context)
         # A graph may run a layer's several uses in any order, so each has a number.
         call = 0 if imperative else KEYS.next_call(self.key)
-        return synchronized_batch_norm(F, *inputs, options, self.key, num_devices, call)
+        return synchronized_batch_norm(
+            F, *inputs, options, self.key, num_devices, call, group_size=group_size
+        )
 
 
 #: The name by which PyTorch-Encoding's users know the layer: ``from gluon_syncbn import

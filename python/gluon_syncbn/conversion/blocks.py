@@ -21,7 +21,7 @@ from ..networks import (
     set_graph,
     unwrap,
 )
-from ..sync_batch_norm import SyncBatchNorm, checked_num_devices
+from ..sync_batch_norm import SyncBatchNorm, checked_group_size, checked_num_devices
 from .graph import Graph
 from .rewriting import (
     NO_AVERAGE,
@@ -70,7 +70,9 @@ def _check_registered(blocks):
                     )
 
 
-def convert_sync_batchnorm(net: Any, num_devices: int | None = None) -> Any:
+def convert_sync_batchnorm(
+    net: Any, num_devices: int | None = None, group_size: int | None = None
+) -> Any:
     """Make every batch normalization of a network synchronized.
 
     Every :class:`mxnet.gluon.nn.BatchNorm` and :class:`mxnet.gluon.contrib.nn.SyncBatchNorm`, at
@@ -85,8 +87,8 @@ def convert_sync_batchnorm(net: Any, num_devices: int | None = None) -> Any:
     ----------
     net : Block or ModelDataParallel
         Changed in place.  Layers that are synchronized already are left as they are; to change
-        their number of devices, call :func:`revert_batchnorm` first.
-    num_devices : int or None, default None
+        their number of devices or their groups, call :func:`revert_batchnorm` first.
+    num_devices, group_size : int or None, default None
         As for :class:`SyncBatchNorm`.
 
     Returns
@@ -114,6 +116,7 @@ def convert_sync_batchnorm(net: Any, num_devices: int | None = None) -> Any:
         raise TypeError("net is a Symbol; use gluon_syncbn.convert_symbol")
     blocks = _blocks_of(net)
     num_devices = checked_num_devices(num_devices)
+    group_size = checked_group_size(group_size, num_devices)
     _check_registered(blocks)
     layers = []
     for block in blocks:
@@ -125,12 +128,14 @@ def convert_sync_batchnorm(net: Any, num_devices: int | None = None) -> Any:
                 "known to do what nn.BatchNorm does; put nn.BatchNorm (and, for BatchNormReLU, "
                 "nn.Activation('relu')) in its place"
             )
-    graphs = _graphs_of(blocks, lambda graph: synchronize(graph, num_devices))
+    graphs = _graphs_of(blocks, lambda graph: synchronize(graph, num_devices, group_size))
 
     def change(layer):
         layer.__class__ = SyncBatchNorm
         _forget_mxnets(layer)
-        settings(layer).update(num_devices=num_devices, track_running_stats=True)
+        settings(layer).update(
+            num_devices=num_devices, track_running_stats=True, group_size=group_size
+        )
 
     _apply(blocks[0], layers, graphs, change)
     return net
@@ -189,7 +194,8 @@ in_channels=None)
 
     def change(layer):
         if isinstance(layer, SyncBatchNorm):
-            del settings(layer)["num_devices"], settings(layer)["track_running_stats"]
+            for name in ("num_devices", "track_running_stats", "group_size"):
+                del settings(layer)[name]
         layer.__class__ = nn.BatchNorm
         _forget_mxnets(layer)
 

@@ -7,6 +7,7 @@ if no all-reduce is needed; see docs/architecture.md.
 from collections import Counter
 
 from ..keys import KEYS
+from ..operators import GROUP_SIZE, group_attributes
 from .graph import Node
 
 # The parameters that both kinds have, with MXNet's defaults, and with ours where they differ.
@@ -63,7 +64,7 @@ def _options(node):
     return {name: node.attrs.get(name, default) for name, default in defaults.items()}
 
 
-def synchronize(graph, num_devices=None):
+def synchronize(graph, num_devices=None, group_size=None):
     """Replace every batch normalization of a :class:`Graph` by ours; return how many there were."""
     _check(graph)
     plain = [node for node in graph.nodes if node.op in _CONVERTIBLE]
@@ -76,16 +77,18 @@ def synchronize(graph, num_devices=None):
         for (state, _), value in ((mean, "zero"), (variance, "one")):
             if state.is_variable:  # as MXNet marks them; files of other programs may lack it
                 state.attrs.setdefault("__init__", f'["{value}", {{}}]')
-        if node.flag("use_global_stats", False) or num_devices == 1:
-            attrs = {**options, **user}
+        groups = group_attributes(group_size)
+        if node.flag("use_global_stats", False) or 1 in (num_devices, group_size):
+            attrs = {**options, **user, **groups}
             new[node] = Node("_syncbn_batch_norm", node.name, attrs, node.inputs)
             continue
         del options["use_global_stats"]
         moments = Node(
             "_syncbn_moments", f"{node.name}_moments", {"axis": options["axis"], **user}, [data]
         )
-        exchange = {"key": key, "num_devices": num_devices or 0, "call": calls[node.name], **user}
+        exchange = {"key": key, "num_devices": num_devices or 0, "call": calls[node.name]}
         calls[node.name] += 1
+        exchange.update(**user, **groups)
         total = Node("_syncbn_sum", f"{node.name}_sum", exchange, [(moments, 1), mean])
         inputs = [(moments, 0), (total, 0), (moments, 2), gamma, beta, mean, variance]
         new[node] = Node("_syncbn_normalize", node.name, {**options, **user}, inputs)
@@ -118,7 +121,9 @@ def make_plain(graph, inference=False):
             if not inference:
                 _cannot(node, NO_AVERAGE)
             inputs = inputs[:5]
-        new[node] = Node("BatchNorm", node.name, {**_options(node), **node.user_attrs}, inputs)
+        attrs = {**_options(node), **node.user_attrs}
+        attrs.pop(GROUP_SIZE, None)
+        new[node] = Node("BatchNorm", node.name, attrs, inputs)
     graph.replace(new)
     for node in graph.nodes:
         if node.op in (*EXCHANGES, "_syncbn_moments"):

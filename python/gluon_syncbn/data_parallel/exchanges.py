@@ -9,6 +9,7 @@ from ..conversion.rewriting import EXCHANGES
 from ..keys import KEYS
 from ..mxnet_private import graph_of
 from ..networks import blocks_of, set_graph
+from ..operators import group_size_of
 from ..passes import Exchange
 from ..sync_batch_norm import SyncBatchNorm
 
@@ -49,12 +50,15 @@ def _read_graph(block):
     found = []
     for node in graph.nodes:
         if node.op == "_syncbn_batch_norm":
-            count = None if node.flag("use_global_stats", False) else 1
-            found.append(Exchange(node.name, node.name, count, statistics_of(node, 3), True))
+            group_size = group_size_of(node.attrs)
+            count = None if group_size or node.flag("use_global_stats", False) else 1
+            moved = statistics_of(node, 3)
+            found.append(Exchange(node.name, node.name, count, moved, True, group_size))
         elif node.op in EXCHANGES:
             moved = statistics[node.inputs[1][0].name] if node.op == "_syncbn_sum" else ()
             count = int(node.attrs.get("num_devices", 0)) or None
-            found.append(Exchange(node.name, node.attrs["key"], count, moved, False))
+            group_size = group_size_of(node.attrs)
+            found.append(Exchange(node.name, node.attrs["key"], count, moved, False, group_size))
     return found
 
 
