@@ -18,6 +18,7 @@ from .data_parallel import (  # noqa: E402
     DataParallelModel,
     ModelDataParallel,
     parallel_backward,
+    recalibrate,
 )
 from .dimensions import BatchNorm1d, BatchNorm2d, BatchNorm3d  # noqa: E402
 from .key_barrier import get_timeout, set_timeout  # noqa: E402
@@ -45,6 +46,7 @@ __all__ = [
     "export_for_inference",
     "get_timeout",
     "parallel_backward",
+    "recalibrate",
     "revert_batchnorm",
     "set_timeout",
     "symbol",
