@@ -25,6 +25,7 @@ from .key_barrier import get_timeout, set_timeout  # noqa: E402
 from .key_barrier_sum import KeyBarrierSum  # noqa: E402
 from .startup import start  # noqa: E402
 from .sync_batch_norm import BatchNorm, SyncBatchNorm  # noqa: E402
+from .tensorflow import sync_batch_norm  # noqa: E402
 from .version import __version__  # noqa: E402, F401
 
 start()
@@ -49,5 +50,6 @@ __all__ = [
     "recalibrate",
     "revert_batchnorm",
     "set_timeout",
+    "sync_batch_norm",
     "symbol",
 ]

@@ -49,7 +49,7 @@ class Pass:
         self.id = BARRIER.new_pass()
         self.present, self.idle = list(present), [d for d in devices if d not in present]
         self.failure = None  # why the devices should not go on
-        self._devices = list(devices)
+        self.devices = list(devices)
         self._net = weakref.ref(net)
         self._begun = []
         self._groups = {}  # (size, first device) -> the group's number in the exchange
@@ -75,9 +75,9 @@ class Pass:
 
     def _group_of(self, device, group_size):
         if group_size is None:
-            return self._devices
-        first = self._devices.index(device) // group_size * group_size
-        return self._devices[first : first + group_size]
+            return self.devices
+        first = self.devices.index(device) // group_size * group_size
+        return self.devices[first : first + group_size]
 
     @property
     def exchanges(self):
@@ -87,7 +87,7 @@ class Pass:
     def note(self, exchanges):
         self._check_failure()
         for e in exchanges:
-            check_num_devices(e, len(self._devices))
+            check_num_devices(e, len(self.devices))
         self._begun.append(exchanges)
 
     def _check_failure(self):
