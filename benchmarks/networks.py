@@ -2,8 +2,9 @@
 
     python benchmarks/networks.py [--seconds 8] [CASE ...]
 
-Both run in one process and take turns, step by step; a ratio is the median over the pairs of steps,
-which a shared machine disturbs least.  CPU time stands beside wall time.
+All run in one process and take turns, step by step; a ratio is the median over the rounds, which a
+shared machine disturbs least.  CPU time stands beside wall time.  Fused: with the activation and
+the residual sum in the layer (``convert_sync_batchnorm(net, fuse=True)``).
 """
 
 import argparse
@@ -22,12 +23,12 @@ from mxnet.gluon import nn
 from mxnet.gluon.model_zoo import vision
 
 import gluon_syncbn
-from gluon_syncbn import DataParallelCriterion, ModelDataParallel, SyncBatchNorm
+from gluon_syncbn import DataParallelCriterion, ModelDataParallel, convert_sync_batchnorm
 from run import processor
-from worker import swap
 
 STATIC = {"static_alloc": True, "static_shape": True}
 BATCH = 8  # on each device
+CANDIDATES = "nn.BatchNorm", "ours", "fused"
 
 
 def block(**options):
@@ -58,14 +59,13 @@ CASES = {
 CASES["conv + norm + relu, inference, 64×56×56"] = "conv + norm + relu", (64, 56, 56), 1, False
 
 
-def make_step(network, shape, devices, train, ours):
+def make_step(network, shape, devices, train, candidate):
     """A function that runs one step, or one inference, and waits for it."""
     mx.random.seed(0)
     contexts = [mx.cpu(i) for i in range(devices)]
     net = NETWORKS[network](classes=10)
-    if ours:
-        alone = {"num_devices": 1} if devices == 1 else {}
-        swap(net, lambda in_channels: SyncBatchNorm(in_channels=in_channels, **alone))
+    if candidate != "nn.BatchNorm":
+        convert_sync_batchnorm(net, 1 if devices == 1 else None, fuse=candidate == "fused")
     net.initialize(ctx=contexts)
     net.hybridize(**STATIC)
     values = np.random.RandomState(0).randn(BATCH, *shape).astype("float32")
@@ -99,19 +99,23 @@ def timed(step):
 
 
 def measure(case, seconds):
-    steps = [make_step(*CASES[case], ours) for ours in (False, True)]
+    steps = {name: make_step(*CASES[case], name) for name in CANDIDATES}
     for _ in range(3):
-        for step in steps:
+        for step in steps.values():
             step()
-    pairs, end = [], time.perf_counter() + seconds
-    while len(pairs) < 5 or time.perf_counter() < end:
-        pairs.append([timed(step) for step in steps])
+    rounds, end = [], time.perf_counter() + seconds
+    while len(rounds) < 5 or time.perf_counter() < end:
+        rounds.append({name: timed(step) for name, step in steps.items()})
     median = statistics.median
-    return {
-        "ms": 1e3 * median(plain[0] for plain, _ in pairs),
-        "wall": median(ours[0] / plain[0] for plain, ours in pairs),
-        "cpu": median(o[1] for _, o in pairs) / median(p[1] for p, _ in pairs),
-    }
+    plain = [one["nn.BatchNorm"] for one in rounds]
+    found = {"ms": 1e3 * median(wall for wall, _ in plain)}
+    for name in CANDIDATES[1:]:
+        own = [one[name] for one in rounds]
+        found[name] = {
+            "wall": median(o[0] / p[0] for o, p in zip(own, plain)),
+            "cpu": median(o[1] for o in own) / median(p[1] for p in plain),
+        }
+    return found
 
 
 def main():
@@ -128,7 +132,10 @@ def main():
         f"\nNetworks with our layers over those with nn.BatchNorm, batch {BATCH} on each device\n"
         f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores"
     )
-    print(f"\n{'':44} {'BatchNorm (ms)':>14} {'wall time':>16} {'CPU time':>16}")
+    print(
+        f"\n{'':44} {'BatchNorm':>10} {'ours':>16} {'':>16} {'fused':>16} {'':>16}\n"
+        f"{'':44} {'ms':>10}" + f" {'wall time':>16} {'CPU time':>16}" * 2
+    )
     for case in arguments.case or CASES:
         command = [sys.executable, "-W", "ignore", __file__, "--json", case]
         command += ["--seconds", str(arguments.seconds)]
@@ -137,15 +144,14 @@ def main():
             for _ in range(arguments.processes)
         ]
 
-        def spread(name, found=found):
-            values = sorted(one[name] for one in found)
+        def spread(candidate, kind, found=found):
+            values = sorted(one[candidate][kind] for one in found)
             low, high = f"{values[0]:.3f}", f"{values[-1]:.3f}"
             return low if len(values) == 1 else f"{low} to {high}"
 
-        print(
-            f"{case:44} {found[0]['ms']:14.1f} {spread('wall'):>16} {spread('cpu'):>16}",
-            flush=True,
-        )
+        ratios = [spread(name, kind) for name in CANDIDATES[1:] for kind in ("wall", "cpu")]
+        row = " ".join(f"{ratio:>16}" for ratio in ratios)
+        print(f"{case:44} {found[0]['ms']:10.1f} {row}", flush=True)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,9 @@ def main():
         f"\nResNet-18, a step on two CPU contexts, {arguments.size}×{arguments.size}\n"
         f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores\n"
     )
-    plain, ours = (make_step("ResNet-18", shape, 2, True, is_ours) for is_ours in (False, True))
+    plain, ours = (
+        make_step("ResNet-18", shape, 2, True, name) for name in ("nn.BatchNorm", "ours")
+    )
     candidates = {"nn.BatchNorm": plain, "ours": ours, "without waiting": without_waiting(ours)}
     for step in candidates.values():
         step(), step()

@@ -16,7 +16,8 @@ NAMES = ("x", "gamma", "beta", "moving_mean", "moving_var")
 
 
 def variables():
-    return [mx.sym.var(name) for name in NAMES]
+    x, *rest = map(mx.sym.var, NAMES)
+    return x, dict(zip(NAMES[1:], rest))
 
 
 def nodes(sym):
@@ -64,12 +65,12 @@ def test_both_compute_the_same_on_one_device(rng):
     options = {**OPTIONS, "fix_gamma": False}
     results = []
     for compose in (
-        lambda inputs: local_batch_norm(mx.nd, *inputs, options, False),
-        lambda inputs: synchronized_batch_norm(mx.nd, *inputs, options, "operators", 1, 0),
+        lambda *inputs: local_batch_norm(mx.nd, *inputs, options, False),
+        lambda *inputs: synchronized_batch_norm(mx.nd, *inputs, options, "operators", 1, 0),
     ):
         inputs = [mx.nd.array(value) for value in values]
         with mx.autograd.train_mode():
-            y = compose(inputs)
+            y = compose(inputs[0], dict(zip(NAMES[1:], inputs[1:])))
         mx.nd.waitall()
         results.append([y.asnumpy(), *(a.asnumpy() for a in inputs[3:])])
     for local, synchronized in zip(*results):

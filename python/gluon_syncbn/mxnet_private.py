@@ -199,11 +199,18 @@ def is_tracing() -> bool:
     return getattr(_BlockScope._current, "value", None) is not None
 
 
-# What Gluon does below the call of a block: trace it, run its traced graph, infer the shapes of its
-# deferred parameters, initialize one of them.
-GluonSteps = namedtuple("GluonSteps", "build_graph run_graph infer_shapes initialize")
+def set_traced_graph(block: Any, sym: Any) -> None:
+    """Replace the symbol that a HybridBlock has just been traced to."""
+    inputs, _ = block._cached_graph
+    block._cached_graph = inputs, sym
+
+
+# What Gluon does below the call of a block: trace it to a symbol, make a graph of that, run the
+# graph, infer the shapes of its deferred parameters, initialize one of them.
+GluonSteps = namedtuple("GluonSteps", "get_symbol build_graph run_graph infer_shapes initialize")
 
 _GLUON_STEPS = (
+    (HybridBlock, "_get_graph"),
     (HybridBlock, "_build_cache"),
     (HybridBlock, "_call_cached_op"),
     (HybridBlock, "_deferred_infer_shape"),

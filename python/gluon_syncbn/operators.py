@@ -26,10 +26,7 @@ def group_attributes(group_size: int | None) -> dict:
 def local_batch_norm(
     F: Any,
     x: Any,
-    gamma: Any,
-    beta: Any,
-    moving_mean: Any,
-    moving_var: Any,
+    parameters: dict,
     options: dict,
     use_global_stats: bool,
     name: str = "fwd",
@@ -37,17 +34,15 @@ def local_batch_norm(
 ) -> Any:
     """Compose a layer without all-reduce: one operator.
 
-    ``options`` are the operator's: axis, eps, momentum, fix_gamma and what there is beyond.
+    ``parameters``: gamma, beta, moving_mean, moving_var, and what there is beyond.  ``options`` are
+    the operator's: axis, eps, momentum, fix_gamma, and what there is beyond.
     """
     return operator(F, "_syncbn_batch_norm")(
-        x,
-        gamma,
-        beta,
-        moving_mean,
-        moving_var,
+        data=x,
         use_global_stats=use_global_stats,
         name=name,
         **_attr(F, group_size),
+        **parameters,
         **options,
     )
 
@@ -55,10 +50,7 @@ def local_batch_norm(
 def synchronized_batch_norm(
     F: Any,
     x: Any,
-    gamma: Any,
-    beta: Any,
-    moving_mean: Any,
-    moving_var: Any,
+    parameters: dict,
     options: dict,
     key: str,
     num_devices: int | None,
@@ -82,7 +74,7 @@ def synchronized_batch_norm(
     # (BeginPass).
     total = operator(F, "_syncbn_sum")(
         moments,
-        moving_mean,
+        parameters["moving_mean"],
         key=key,
         num_devices=num_devices or 0,
         call=call,
@@ -90,14 +82,11 @@ def synchronized_batch_norm(
         **_attr(F, group_size),
     )
     return operator(F, "_syncbn_normalize")(
-        data,
-        total,
-        backward_context,
-        gamma,
-        beta,
-        moving_mean,
-        moving_var,
+        data=data,
+        statistics=total,
+        backward_context=backward_context,
         name=names[2],
+        **parameters,
         **options,
     )
 

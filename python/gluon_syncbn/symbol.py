@@ -110,27 +110,16 @@ def SyncBatchNorm(  # noqa: N802: the name of MXNet's
     # MXNet's own operator makes the variables: their names, marks and attributes are right then.
     with NameManager(), AttrScope(**(attr or {})):
         plain = symbol.BatchNorm(data, gamma, beta, moving_mean, moving_var, name=name)
-        data, gamma, beta, moving_mean, moving_var = plain.get_children()
+        data, *states = plain.get_children()
+        parameters = dict(zip(("gamma", "beta", "moving_mean", "moving_var"), states))
         options = {"axis": axis, "eps": eps, "momentum": momentum, "fix_gamma": fix_gamma}
         if use_global_stats or num_devices == 1:
-            return local_batch_norm(
-                symbol, data, gamma, beta, moving_mean, moving_var, options, use_global_stats, name
-            )
+            return local_batch_norm(symbol, data, parameters, options, use_global_stats, name)
         key = KEYS.of_layer(name) if key is None else key
         names = f"{name}_moments", f"{name}_sum", name
         call = KEYS.next_call(key)
         return synchronized_batch_norm(
-            symbol,
-            data,
-            gamma,
-            beta,
-            moving_mean,
-            moving_var,
-            options,
-            key,
-            num_devices,
-            call,
-            names,
+            symbol, data, parameters, options, key, num_devices, call, names
         )
 
 

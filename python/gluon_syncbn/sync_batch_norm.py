@@ -6,18 +6,20 @@ All of it, on each of the devices; x is this device's shard, of shape (N, C, *),
         mean, M2, n   = moments(x)                   # (C,), (C,), ()    M2 = sum((x - mean)**2)
         mean, M2, n   = all_reduce(mean, M2, n)      # merged [1]: the same bits on all devices
         invstd        = 1 / sqrt(M2 / n + epsilon)   # (C,)         of the biased variance
-        y             = gamma * (x - mean) * invstd + beta               # (N, C, *)
+        z             = gamma * (x - mean) * invstd + beta               # (N, C, *)
+        y             = activation(z + add)                              # both are optional
         moving_mean   = momentum * moving_mean + (1 - momentum) * mean   # (C,)
         moving_var    = momentum * moving_var + (1 - momentum) * M2 / n  # (C,)
 
     backward [2]
-        s, t          = sum(dy), sum(dy * (x - mean))    # (C,), (C,)
+        g             = dy * activation'(z + add)        # also the gradient of add
+        s, t          = sum(g), sum(g * (x - mean))      # (C,), (C,)
         dbeta, dgamma = s, t * invstd                    # (C,), (C,)   of this shard alone
         s, t          = all_reduce(s, t)
-        dx            = gamma * invstd * (dy - s / n - (x - mean) * invstd**2 * t / n)
+        dx            = gamma * invstd * (g - s / n - (x - mean) * invstd**2 * t / n)
 
     inference
-        y             = gamma * (x - moving_mean) / sqrt(moving_var + epsilon) + beta
+        z             = gamma * (x - moving_mean) / sqrt(moving_var + epsilon) + beta
 
 ``moments`` and the last line of backward are ``_syncbn_moments``, the all-reduces ``_syncbn_sum``,
 the rest ``_syncbn_normalize``; a layer without all-reduce is one operator, ``_syncbn_batch_norm``.
@@ -49,6 +51,9 @@ from .passes import Exchange, begin
 _keys: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # layer -> its key
 _lock = threading.Lock()
 
+# The settings that are options of the operators.
+_OPTIONS = "axis", "eps", "momentum", "fix_gamma", "activation", "slope"
+
 
 def checked_num_devices(num_devices: Any) -> int | None:
     """Return None or a positive integer; raise ValueError for anything else."""
@@ -76,6 +81,31 @@ def _checked(name, value, none):
     if number <= 0:
         raise ValueError(f"{name} must be a positive integer, or None for {none}, but is {value!r}")
     return number
+
+
+ACTIVATIONS = "relu", "leaky_relu"
+
+
+def checked_activation(activation: Any, slope: Any) -> dict:
+    """Return the operators' options for an activation; {} for none.
+
+    Raises
+    ------
+    ValueError
+        If there is no such activation, or the slope is not a number from 0.
+    """
+    if activation in (None, "none"):  # PyTorch-Encoding's default is "none"
+        return {}
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation must be None, {' or '.join(map(repr, ACTIVATIONS))}, but is "
+            f"{activation!r}; put any other activation after the layer"
+        )
+    if activation == "relu":
+        return {"activation": "relu"}
+    if not 0 <= float(slope) < float("inf"):
+        raise ValueError(f"slope must be 0 or greater, but is {slope!r}")
+    return {"activation": "leaky_relu", "slope": float(slope)}
 
 
 class SyncBatchNorm(nn.BatchNorm):
@@ -122,6 +152,11 @@ default 'zeros' and 'ones'
         Synchronize over groups of so many devices: the first k of :class:`ModelDataParallel`'s
         ``ctx_list``, the next k, and so on, as PyTorch's ``process_group`` and Apex's groups do.
         The number of devices must be a multiple.  1: each device by itself.  None: all devices.
+    activation : {None, 'relu', 'leaky_relu'}, default None
+        Applied to the result by the same operators, forward and backward, which saves its passes
+        over memory.  ``'none'`` is None, as in PyTorch-Encoding.
+    slope : float, default 0.01
+        Of ``'leaky_relu'``, for negative values; 0 or greater.
     **kwargs
         ``prefix`` and ``params``, as for any Block; ``nGPUs``, an older name of ``num_devices``.
 
@@ -129,8 +164,8 @@ default 'zeros' and 'ones'
     ------
     ValueError
         If ``num_devices`` or ``group_size`` is neither None nor a positive integer, or the first is
-        no multiple of the second; or if ``use_global_stats`` is combined with
-        ``track_running_stats=False``.
+        no multiple of the second; if ``use_global_stats`` is combined with
+        ``track_running_stats=False``; or if there is no such ``activation`` or ``slope``.
 
     See Also
     --------
@@ -139,10 +174,12 @@ default 'zeros' and 'ones'
 
     Notes
     -----
-    **Call.** ``layer(data)`` returns an array of the kind, shape and dtype of ``data``:
+    **Call.** ``layer(data, add=None)`` returns an array of the kind, shape and dtype of ``data``:
 
     - *data*, NDArray or Symbol of ``mx.nd`` or ``mx.np``, of shape ``(N, C, *)`` with ``axis=1``: 2
       or more dimensions; float16, float32 or float64.
+    - *add*, of the same kind, shape and dtype: a residual, which is added before the activation, as
+      at the end of a ResNet's block.
     - Parameters have shape ``(C,)`` and dtype float32, or float64 for float64 data.
     - *TypeError*: for ``mx.nd`` data under ``mx.npx.set_np()``.
     - *mxnet.MXNetError*: from the call, for integer data, an ``axis`` out of range or a number of
@@ -215,6 +252,8 @@ default 'zeros' and 'ones'
         running_variance_initializer: str | Initializer = "ones",
         axis: int = 1,
         track_running_stats: bool = True,
+        activation: str | None = None,
+        slope: float = 0.01,
         group_size: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -245,6 +284,7 @@ default 'zeros' and 'ones'
             num_devices=num_devices,
             track_running_stats=bool(track_running_stats),
             group_size=group_size,
+            **checked_activation(activation, slope),
         )
         if momentum is None and track_running_stats:
             self.num_batches_tracked = self.params.get(
@@ -277,6 +317,11 @@ default 'zeros' and 'ones'
         return settings(self)["track_running_stats"]
 
     @property
+    def activation(self) -> str | None:
+        """The activation that the layer applies, or None."""
+        return settings(self).get("activation")
+
+    @property
     def statistics(self) -> tuple:
         """The Parameters that training updates without a gradient, the moving mean first."""
         moved = self.running_mean, self.running_var, self.num_batches_tracked
@@ -298,22 +343,30 @@ default 'zeros' and 'ones'
             self.name, self.key, self.num_devices, self.statistics, local, self.group_size
         )
 
+    def __call__(self, data: Any, add: Any = None) -> Any:
+        """Normalize an array; see the class."""
+        return super().__call__(data) if add is None else super().__call__(data, add)
+
     @either_kind
     def hybrid_forward(
-        self, F, x, gamma, beta, running_mean, running_var, num_batches_tracked=None
+        self, F, x, add=None, *, gamma, beta, running_mean, running_var, num_batches_tracked=None
     ):
         """Compose the operators of one call; see the module's first lines."""
         given = settings(self)
-        options = {k: given[k] for k in ("axis", "eps", "momentum", "fix_gamma")}
+        options = {k: given[k] for k in _OPTIONS if k in given}
         if self.spatial_dims is not None:
             options["spatial_dims"] = self.spatial_dims
+        parameters = dict(gamma=gamma, beta=beta, moving_mean=running_mean, moving_var=running_var)
         if not given["track_running_stats"]:
             options["use_batch_stats"] = True
         if options["momentum"] is None:
             del options["momentum"]
             if num_batches_tracked is not None:
-                options.update(cumulative_average=True, num_batches_tracked=num_batches_tracked)
-        inputs = x, gamma, beta, running_mean, running_var
+                options["cumulative_average"] = True
+                parameters["num_batches_tracked"] = num_batches_tracked
+        if add is not None:
+            options["add"] = True
+            parameters["residual"] = add
         imperative = isinstance(x, NDArray)
         # A graph learns only when it runs whether that is in training; an imperative call knows
         # now.
@@ -321,13 +374,15 @@ default 'zeros' and 'ones'
         num_devices, use_global_stats = given["num_devices"], given["use_global_stats"]
         group_size = given["group_size"]
         if use_global_stats or 1 in (num_devices, group_size) or inference:
-            return local_batch_norm(F, *inputs, options, use_global_stats, group_size=group_size)
+            return local_batch_norm(
+                F, x, parameters, options, use_global_stats, group_size=group_size
+            )
         if imperative:
             begin([self.exchange], x.context)
         # A graph may run a layer's several uses in any order, so each has a number.
         call = 0 if imperative else KEYS.next_call(self.key)
         return synchronized_batch_norm(
-            F, *inputs, options, self.key, num_devices, call, group_size=group_size
+            F, x, parameters, options, self.key, num_devices, call, group_size=group_size
         )
 
 

@@ -24,6 +24,15 @@ def structure(name, **fields):
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
+Activation = structure("Activation", present=ctypes.c_bool, slope=DOUBLE)
+EpilogueBackward = structure(
+    "EpilogueBackward",
+    activation=Activation,
+    beta=POINTER,
+    y=POINTER,
+    residual_grad_mode=INT,
+    residual_grad=POINTER,
+)
 Gpu = structure("Gpu", device=INT, stream=POINTER)
 FeatureShape = structure(
     "FeatureShape", outer=SIZE, channels=SIZE, inner=SIZE, stride=SIZE, block=SIZE
@@ -53,6 +62,8 @@ NormalizeForwardParams = structure(
     y_mode=INT,
     y=POINTER,
     batches=POINTER,
+    activation=Activation,
+    residual=POINTER,
 )
 NormalizeBackwardParams = structure(
     "NormalizeBackwardParams",
@@ -66,19 +77,20 @@ NormalizeBackwardParams = structure(
     gamma=POINTER,
     moving_mean=POINTER,
     moving_var=POINTER,
-    dy_copy=POINTER,
+    g=POINTER,
     backward_sums=POINTER,
     backward_context=POINTER,
     gamma_grad_mode=INT,
     gamma_grad=POINTER,
     beta_grad_mode=INT,
     beta_grad=POINTER,
+    epilogue=EpilogueBackward,
 )
 MomentsBackwardParams = structure(
     "MomentsBackwardParams",
     type=INT,
     shape=FeatureShape,
-    dy=POINTER,
+    g=POINTER,
     x=POINTER,
     backward_sums=POINTER,
     backward_context=POINTER,
@@ -103,6 +115,7 @@ LocalBackwardParams = structure(
     gamma_grad=POINTER,
     beta_grad_mode=INT,
     beta_grad=POINTER,
+    epilogue=EpilogueBackward,
 )
 VALUES_READ = ctypes.CFUNCTYPE(None, POINTER, ctypes.POINTER(DOUBLE), SIZE, ctypes.c_char_p)
 
@@ -194,6 +207,10 @@ class Layer:
         self.sums = self.array(np.full(2 * channels + 1, np.nan))
         self.context = self.array(np.full(2 * channels, np.nan))
         self.no_statistics = self.array(np.append(np.zeros(2 * channels), NO_STATISTICS))
+        # What comes after normalization; the arrays are of a device.
+        self.activation = Activation(False, 0.0)
+        self.residual = self.residual_grad = self.y = None
+        self.residual_mode = SKIP
 
     def array(self, values):
         return self.kernels.device.array(values)
@@ -205,8 +222,9 @@ class Layer:
         params = NormalizeForwardParams(
             TYPES[self.dtype], self.shape, 1e-5, p.momentum, self.fix_gamma, x.pointer, statistics,
             p.gamma.pointer, p.beta.pointer, p.mean.pointer, p.var.pointer, mode, y.pointer,
-            p.batches and p.batches.pointer,
+            p.batches and p.batches.pointer, p.activation, p.residual and p.residual.pointer,
         )  # fmt: skip
+        self.y = y
         if self.local:
             kernels.call("LocalForward", ctypes.byref(params), POINTER(statistics))
             return
@@ -226,7 +244,14 @@ class Layer:
         """``add``: the backward sums of the other devices."""
         kernels, p = self.kernels, self
         step = TYPES[self.dtype], self.shape
-        gradients = parameters, p.gamma_grad.pointer, parameters, p.beta_grad.pointer
+        epilogue = EpilogueBackward(
+            p.activation,
+            p.beta.pointer,
+            p.y.pointer if p.residual and p.activation.present else None,
+            p.residual_mode,
+            p.residual_grad and p.residual_grad.pointer,
+        )
+        gradients = parameters, p.gamma_grad.pointer, parameters, p.beta_grad.pointer, epilogue
         if self.local:
             statistics = self.statistics.pointer if batch_statistics else None
             params = LocalBackwardParams(
@@ -299,6 +324,44 @@ def check_step(
     assert largest_error(layer.beta_grad.numpy(), wanted.dbeta[0]) < parameters * 10
     assert largest_error(layer.mean.numpy(), 0.45 + 0.1 * wanted.mean) < parameters
     assert largest_error(layer.var.numpy(), 1.8 + 0.1 * wanted.var) < parameters
+
+
+def check_epilogue(kernels, dtype, shape, axis, local, slope, residual, mode=WRITE):
+    """A step with an activation (``slope`` is not None) and a residual, against NumPy in float64.
+
+    ``mode`` is that of the gradients of x and of the residual.
+    """
+    rng = np.random.RandomState(0)
+    x, r, dy, before = (rng.randn(*shape).astype(dtype) for _ in range(4))
+    layer = Layer(kernels, dtype, shape, axis, local=local)
+    gamma, array = layer.gamma_value.astype("float64"), kernels.device.array
+    if slope is not None:
+        layer.activation = Activation(True, slope)
+    xd, dyd, y = array(x), array(dy), array(np.full(shape, np.nan, dtype))
+    dx, dr = array(before), array(before)
+    if residual:
+        layer.residual, layer.residual_grad, layer.residual_mode = array(r), dr, mode
+    layer.forward(xd, y)
+    # The synchronized layer's first kernel leaves g in dy.
+    layer.backward(dyd, xd, dx, mode=mode)
+
+    z = batch_norm([x], [dy], gamma, layer.beta_value, axis=axis).y[0]
+    z = z + r if residual else z
+    factor = np.ones_like(z) if slope is None else np.where(z > 0, 1, slope)
+    g = dy * factor
+    if dtype == "float16":  # as it is stored
+        g = g.astype(dtype).astype("float64")
+    wanted = batch_norm([x], [g], gamma, layer.beta_value, axis=axis)
+    earlier = before.astype("float64") if mode == ADD else 0
+    tolerance = TOLERANCE[dtype]
+    assert largest_error(y.numpy(), z * factor) < tolerance
+    sure = np.abs(z) > 10 * tolerance  # elsewhere rounding may have decided the sign of z
+    assert sure.mean() > 0.9
+    tolerance *= 2 if mode == ADD else 1
+    assert largest_error(dx.numpy()[sure], (wanted.dx[0] + earlier)[sure]) < 3 * tolerance
+    if residual:
+        assert largest_error(dr.numpy()[sure], (g + earlier)[sure]) < tolerance
+    assert largest_error(layer.beta_grad.numpy(), wanted.dbeta[0]) < 30 * tolerance
 
 
 def check_float64_far_from_zero(kernels, shape, axis, local, offset=1e6):

@@ -51,6 +51,28 @@ class Residual(gluon.HybridBlock):
         return F.concat(F.relu(y + x), y, x, dim=1)
 
 
+class Added(gluon.HybridBlock):
+    """The layer adds a residual and applies an activation; dy comes from two sides."""
+
+    def __init__(self, norm, slope=0.0):
+        super().__init__()
+        activation = (
+            {"activation": "leaky_relu", "slope": slope} if slope else {"activation": "relu"}
+        )
+        with self.name_scope():
+            self.before = nn.Conv2D(16, 3, padding=1)
+            self.first = norm(**activation)
+            self.middle = nn.Conv2D(16, 3, padding=1)
+            self.last = norm(**activation)
+            self.plain = norm()
+            self.after = nn.Conv2D(8, 3, padding=1)
+
+    def hybrid_forward(self, F, x):
+        y = self.first(self.before(x))
+        y = self.last(self.middle(y), add=y)
+        return self.after(self.plain(y, add=x))
+
+
 class Converted(gluon.HybridBlock):
     """The layer computes in another type than the convolutions around it."""
 
@@ -144,6 +166,8 @@ NETWORKS = {
         (4, 16, 9, 9),
     ),
     "residual": (lambda n: sequence(Residual(n, 16), Residual(n, 32), conv(8)), (4, 16, 6, 6)),
+    "activated": (lambda n: convolutions(n, (16, 20), activation="relu"), (4, 8, 8, 8)),
+    "added": (lambda n: sequence(Added(n), conv(16), Added(n, 0.1)), (4, 16, 6, 6)),
     "float16": (lambda n: Converted(n, "float16"), (4, 16, 6, 6)),
     "float64": (lambda n: Converted(n, "float64"), (4, 16, 6, 6)),
     "part": (lambda n: Part(n), (4, 16, 6, 6)),

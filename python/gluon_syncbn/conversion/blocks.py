@@ -22,6 +22,7 @@ from ..networks import (
     unwrap,
 )
 from ..sync_batch_norm import SyncBatchNorm, checked_group_size, checked_num_devices
+from .fusing import fuse as fuse_graph
 from .graph import Graph
 from .rewriting import (
     NO_AVERAGE,
@@ -29,6 +30,11 @@ from .rewriting import (
     ConversionError,
     make_plain,
     synchronize,
+)
+
+FUSED = (
+    "MXNet's BatchNorm has no activation; make the network with an activation layer after it, or, "
+    "for inference, use export_for_inference"
 )
 
 
@@ -71,7 +77,7 @@ def _check_registered(blocks):
 
 
 def convert_sync_batchnorm(
-    net: Any, num_devices: int | None = None, group_size: int | None = None
+    net: Any, num_devices: int | None = None, fuse: bool = False, group_size: int | None = None
 ) -> Any:
     """Make every batch normalization of a network synchronized.
 
@@ -90,6 +96,11 @@ def convert_sync_batchnorm(
         their number of devices or their groups, call :func:`revert_batchnorm` first.
     num_devices, group_size : int or None, default None
         As for :class:`SyncBatchNorm`.
+    fuse : bool, default False
+        Let the layers apply the relu or leaky relu that follows them, and add the residual in
+        between, as in a ResNet: results are the same, and steps are faster.  It is done in the
+        graphs of blocks that are hybridized, whenever they are traced; what is read by something
+        else as well stays.  Layers that are synchronized already take part.
 
     Returns
     -------
@@ -128,15 +139,25 @@ def convert_sync_batchnorm(
                 "known to do what nn.BatchNorm does; put nn.BatchNorm (and, for BatchNormReLU, "
                 "nn.Activation('relu')) in its place"
             )
-    graphs = _graphs_of(blocks, lambda graph: synchronize(graph, num_devices, group_size))
+
+    def convert(graph):
+        converted = synchronize(graph, num_devices, group_size)
+        return converted + (fuse_graph(graph) if fuse else 0)
+
+    graphs = _graphs_of(blocks, convert)
 
     def change(layer):
-        layer.__class__ = SyncBatchNorm
-        _forget_mxnets(layer)
-        settings(layer).update(
-            num_devices=num_devices, track_running_stats=True, group_size=group_size
-        )
+        if not isinstance(layer, SyncBatchNorm):
+            layer.__class__ = SyncBatchNorm
+            _forget_mxnets(layer)
+            settings(layer).update(
+                num_devices=num_devices, track_running_stats=True, group_size=group_size
+            )
+        if fuse:
+            settings(layer)["fuse"] = True
 
+    if fuse:
+        layers += [block for block in blocks if isinstance(block, SyncBatchNorm)]
     _apply(blocks[0], layers, graphs, change)
     return net
 
@@ -164,8 +185,8 @@ def revert_batchnorm(net: Any) -> Any:
         If ``net`` is neither.
     ConversionError
         A ValueError: if a layer is of a derived class or does what MXNet's cannot
-        (``momentum=None``, ``track_running_stats=False``), or a graph has an all-reduce that is not
-        part of a batch normalization.  Then nothing has been converted.
+        (``momentum=None``, ``track_running_stats=False``, ``activation``), or a graph has an
+        all-reduce that is not part of a batch normalization.  Then nothing has been converted.
 
     Examples
     --------
@@ -194,8 +215,8 @@ in_channels=None)
 
     def change(layer):
         if isinstance(layer, SyncBatchNorm):
-            for name in ("num_devices", "track_running_stats", "group_size"):
-                del settings(layer)[name]
+            for name in ("num_devices", "track_running_stats", "group_size", "fuse"):
+                settings(layer).pop(name, None)
         layer.__class__ = nn.BatchNorm
         _forget_mxnets(layer)
 
@@ -207,6 +228,8 @@ def _missing_in_mxnets(layer):
     """Say what the layer does that MXNet's cannot, and what to do; or return None."""
     if not layer.track_running_stats:
         return NO_BATCH_STATISTICS
+    if layer.activation is not None:
+        return FUSED
     return NO_AVERAGE if settings(layer)["momentum"] is None else None
 
 
@@ -224,7 +247,7 @@ def _blocks_of(net):
     return blocks_of(net)
 
 
-def convert_symbol(sym: Symbol, num_devices: int | None = None) -> Symbol:
+def convert_symbol(sym: Symbol, num_devices: int | None = None, fuse: bool = False) -> Symbol:
     """Make every batch normalization of a symbol synchronized.
 
     Every ``BatchNorm`` (and ``BatchNorm_v1``, and MXNet's ``_contrib_SyncBatchNorm``) is replaced.
@@ -239,6 +262,9 @@ def convert_symbol(sym: Symbol, num_devices: int | None = None) -> Symbol:
         Number of devices that take part.  For :class:`mxnet.mod.Module`, the number of its
         contexts.  None: determined by :class:`ModelDataParallel`; without one, the number of
         visible GPUs, or 1: in a Module, every CPU context by itself.
+    fuse : bool, default False
+        Let each normalization apply the relu or leaky relu that follows it, and add the residual in
+        between, where nothing else reads them.  :func:`revert_batchnorm` undoes it.
 
     Returns
     -------
@@ -267,4 +293,6 @@ def convert_symbol(sym: Symbol, num_devices: int | None = None) -> Symbol:
         )
     graph = Graph(sym)
     synchronize(graph, checked_num_devices(num_devices))
+    if fuse:
+        fuse_graph(graph)
     return graph.symbol()

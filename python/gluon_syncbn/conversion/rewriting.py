@@ -8,6 +8,7 @@ from collections import Counter
 
 from ..keys import KEYS
 from ..operators import GROUP_SIZE, group_attributes
+from .fusing import inputs_of, split
 from .graph import Node
 
 # The parameters that both kinds have, with MXNet's defaults, and with ours where they differ.
@@ -64,6 +65,12 @@ def _options(node):
     return {name: node.attrs.get(name, default) for name, default in defaults.items()}
 
 
+def _plain_attrs(node):
+    attrs = {**_options(node), **node.user_attrs}
+    attrs.pop(GROUP_SIZE, None)
+    return attrs
+
+
 def synchronize(graph, num_devices=None, group_size=None):
     """Replace every batch normalization of a :class:`Graph` by ours; return how many there were."""
     _check(graph)
@@ -106,24 +113,22 @@ def make_plain(graph, inference=False):
     for node in graph.nodes:
         if node.op == "BatchNorm":
             node.attrs = {**_options(node), **node.attrs}
-        if node.op in ("_syncbn_batch_norm", "_contrib_SyncBatchNorm"):
-            inputs = node.inputs
-        elif node.op == "_syncbn_normalize":
-            moments = node.inputs[0][0]
-            if moments.op != "_syncbn_moments":
-                _cannot(node, f"its data come from {moments.name} ({moments.op})")
-            inputs = [moments.inputs[0], *node.inputs[3:]]
-        else:
+        if node.op == "_contrib_SyncBatchNorm":
+            new[node] = Node("BatchNorm", node.name, _plain_attrs(node), node.inputs)
+        if node.op not in ("_syncbn_batch_norm", "_syncbn_normalize"):
             continue
         if node.flag("use_batch_stats", False):
             _cannot(node, NO_BATCH_STATISTICS)
-        if node.flag("cumulative_average", False):
-            if not inference:
-                _cannot(node, NO_AVERAGE)
-            inputs = inputs[:5]
-        attrs = {**_options(node), **node.user_attrs}
-        attrs.pop(GROUP_SIZE, None)
-        new[node] = Node("BatchNorm", node.name, attrs, inputs)
+        if node.flag("cumulative_average", False) and not inference:
+            _cannot(node, NO_AVERAGE)
+        given = inputs_of(node)
+        if node.op == "_syncbn_normalize":
+            moments = given["data"][0]
+            if moments.op != "_syncbn_moments":
+                _cannot(node, f"its data come from {moments.name} ({moments.op})")
+            given["data"] = moments.inputs[0]
+        inputs = [given[name] for name in ("data", "gamma", "beta", "moving_mean", "moving_var")]
+        new[node] = split(node, Node("BatchNorm", node.name, _plain_attrs(node), inputs))
     graph.replace(new)
     for node in graph.nodes:
         if node.op in (*EXCHANGES, "_syncbn_moments"):

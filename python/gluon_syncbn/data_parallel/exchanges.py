@@ -4,6 +4,7 @@ import weakref
 
 from mxnet.gluon import SymbolBlock
 
+from ..conversion.fusing import inputs_of, states_of
 from ..conversion.graph import Graph
 from ..conversion.rewriting import EXCHANGES
 from ..keys import KEYS
@@ -39,11 +40,11 @@ def _read_graph(block):
     """List the all-reduces of a loaded graph, and its layers without one."""
     graph = Graph(graph_of(block))
 
-    def statistics_of(node, first):
-        return tuple(block.params[source.name] for source, _ in node.inputs[first:])
+    def statistics_of(node):
+        return tuple(block.params[source.name] for source, _ in states_of(node))
 
     statistics = {
-        node.inputs[5][0].name: statistics_of(node, 5)
+        inputs_of(node)["moving_mean"][0].name: statistics_of(node)
         for node in graph.nodes
         if node.op == "_syncbn_normalize"
     }
@@ -52,7 +53,7 @@ def _read_graph(block):
         if node.op == "_syncbn_batch_norm":
             group_size = group_size_of(node.attrs)
             count = None if group_size or node.flag("use_global_stats", False) else 1
-            moved = statistics_of(node, 3)
+            moved = statistics_of(node)
             found.append(Exchange(node.name, node.name, count, moved, True, group_size))
         elif node.op in EXCHANGES:
             moved = statistics[node.inputs[1][0].name] if node.op == "_syncbn_sum" else ()

@@ -23,6 +23,7 @@ from mxnet.context import num_gpus
 from mxnet.gluon import Block, SymbolBlock
 
 from ..conversion.estimation_mode import estimation_mode
+from ..conversion.fusing import NORMALIZATIONS, states_of
 from ..conversion.graph import Graph
 from ..mxnet_private import contexts_of, graph_of, has_data, settings
 from ..networks import blocks_of
@@ -331,12 +332,11 @@ def _layers_of(runner):
 def _layers_in(block):
     exchanges = {e.statistics: e for e in exchanges_of(block)}
     for node in Graph(graph_of(block)).nodes:
-        first = {"_syncbn_normalize": 5, "_syncbn_batch_norm": 3}.get(node.op)
-        if first is None or node.flag("use_global_stats", False):
+        if node.op not in NORMALIZATIONS or node.flag("use_global_stats", False):
             continue
         if node.flag("use_batch_stats", False):
             continue
-        statistics = tuple(block.params[source.name] for source, _ in node.inputs[first:])
+        statistics = tuple(block.params[source.name] for source, _ in states_of(node))
         average = node.flag("cumulative_average", False)
         yield _Layer(
             exchanges[statistics], None if average else float(node.attrs.get("momentum", 0.9))

@@ -15,11 +15,14 @@ import weakref
 from mxnet import autograd, context, ndarray
 
 from .. import mxnet_private, passes
+from ..conversion.fusing import fuse
+from ..conversion.graph import Graph
 from ..data_parallel.device_threads import in_callers_thread
 from ..data_parallel.exchanges import exchanges_of
 from ..data_parallel.nested import arrays_in
 from ..library import LIBRARY, check
-from ..networks import changed_since, graph_version
+from ..networks import blocks_of, changed_since, graph_version
+from ..sync_batch_norm import SyncBatchNorm
 
 _MXNETS = mxnet_private.gluon_steps()
 
@@ -94,6 +97,19 @@ def _run_graph(block, *args):
     return outputs
 
 
+def _get_symbol(block, *args):
+    is_new = mxnet_private.graph_of(block) is None
+    inputs, sym = _MXNETS.get_symbol(block, *args)
+    if is_new:
+        layers = (layer for layer in blocks_of(block) if isinstance(layer, SyncBatchNorm))
+        gammas = {layer.gamma.name for layer in layers if mxnet_private.settings(layer).get("fuse")}
+        graph = Graph(sym) if gammas else None
+        if gammas and fuse(graph, gammas):
+            sym = graph.symbol()
+            mxnet_private.set_traced_graph(block, sym)
+    return inputs, sym
+
+
 def _build(block, *args, **kwargs):
     def build():
         _MXNETS.build_graph(block, *args, **kwargs)
@@ -121,5 +137,5 @@ def _initialize_at_once(parameter):
 def install() -> None:
     """Take part from now on."""
     mxnet_private.set_gluon_steps(
-        mxnet_private.GluonSteps(_build, _run_graph, _infer_shape, _initialize)
+        mxnet_private.GluonSteps(_get_symbol, _build, _run_graph, _infer_shape, _initialize)
     )

@@ -1,7 +1,8 @@
 // _syncbn_batch_norm: the unsynchronized layer as a single operator.
 //
-//   forward   data, gamma, beta -> output, statistics (hidden); updates the moving statistics
-//   backward  dy -> the gradients of data, gamma and beta
+//   forward   data, gamma, beta and possibly a residual -> output, with an activation if one is
+//             wanted, statistics (hidden); updates the moving statistics
+//   backward  dy -> the gradients of data, gamma, beta and the residual
 //
 // It is used on one device, and for layers that use their moving statistics in training as well
 // (use_global_stats).  It has no exchange to wait for between its passes over the data, so it is
@@ -18,31 +19,11 @@ namespace {
 enum Arguments { kData, kGamma, kBeta };
 enum Outputs { kOutput, kStatistics };
 
-struct BatchNormParam : public dmlc::Parameter<BatchNormParam> {
-  int axis;
-  double eps;
-  double momentum;
-  bool cumulative_average;
-  bool fix_gamma;
-  bool use_batch_stats;
+struct BatchNormParam : public BatchNormFields<BatchNormParam> {
   bool use_global_stats;
   int spatial_dims;
   DMLC_DECLARE_PARAMETER(BatchNormParam) {
-    DMLC_DECLARE_FIELD(axis).set_default(1).describe("The channel axis; negative from the end.");
-    DMLC_DECLARE_FIELD(eps).set_default(1e-5).describe("Added to the variance.");
-    DMLC_DECLARE_FIELD(momentum).set_default(0.9).describe(
-        "The weight of the old moving statistics in the new ones.");
-    DMLC_DECLARE_FIELD(cumulative_average)
-        .set_default(false)
-        .describe(
-            "Ignore the momentum: the moving statistics are the average over all batches so far, "
-            "which a third auxiliary state counts.");
-    DMLC_DECLARE_FIELD(fix_gamma).set_default(false).describe("Treat gamma as 1.");
-    DMLC_DECLARE_FIELD(use_batch_stats)
-        .set_default(false)
-        .describe(
-            "Normalize by the batch's own statistics in inference as well, and do not update the "
-            "moving statistics.");
+    Declare(manager);
     DMLC_DECLARE_FIELD(use_global_stats)
         .set_default(false)
         .describe("Normalize by the moving statistics in training as well.");
@@ -63,7 +44,7 @@ class BatchNormOp : public mxnet::Operator {
   void Forward(const mxnet::OpContext& ctx, const Blobs& in_data, const Requests& req,
                const Blobs& out_data, const Blobs& aux) override {
     uses_batch_statistics_ = (ctx.is_train || param_.use_batch_stats) && !param_.use_global_stats;
-    const auto p = ToForwardParams(param_, in_data, req, out_data, aux);
+    const auto p = ToForwardParams(param_, kGamma, in_data, req, out_data, aux);
     double* const statistics = StatisticsOrNull(out_data);
     OnDevice(ctx, [&](const auto& device) { RunLocal(device, p, statistics); });
   }
@@ -71,7 +52,8 @@ class BatchNormOp : public mxnet::Operator {
   void Backward(const mxnet::OpContext& ctx, const Blobs& out_grad, const Blobs& in_data,
                 const Blobs& out_data, const Requests& req, const Blobs& in_grad,
                 const Blobs& aux) override {
-    auto p = ToBackwardParams<LocalBackwardParams>(param_, out_grad, in_data, req, in_grad, aux);
+    auto p = ToBackwardParams<LocalBackwardParams>(param_, kGamma, out_grad, in_data, out_data, req,
+                                                   in_grad, aux);
     p.statistics = StatisticsOrNull(out_data);
     p.dx_mode = ToWriteMode(req[kData]);
     p.dx = in_grad[kData].dptr_;
@@ -88,14 +70,16 @@ class BatchNormOp : public mxnet::Operator {
   bool uses_batch_statistics_ = false;  // in the last forward, for its backward
 };
 
-class BatchNormOpProperty : public BatchNormProperty<BatchNormOpProperty, BatchNormParam> {
+class BatchNormOpProperty : public BatchNormProperty<BatchNormOpProperty, BatchNormParam, kGamma> {
  public:
   std::string TypeString() const override { return "_syncbn_batch_norm"; }
   mxnet::Operator* CreateOperator(mxnet::Context context) const override {
     return new BatchNormOp(param_, context);
   }
 
-  std::vector<std::string> ListArguments() const override { return {"data", "gamma", "beta"}; }
+  std::vector<std::string> ListArguments() const override {
+    return WithResidual({"data", "gamma", "beta"});
+  }
   std::vector<std::string> ListOutputs() const override { return {"output", "statistics"}; }
   int NumVisibleOutputs() const override { return 1; }
 
@@ -124,7 +108,10 @@ class BatchNormOpProperty : public BatchNormProperty<BatchNormOpProperty, BatchN
   std::vector<int> DeclareBackwardDependency(const std::vector<int>& out_grad,
                                              const std::vector<int>& in_data,
                                              const std::vector<int>& out_data) const override {
-    return {out_grad[kOutput], in_data[kData], in_data[kGamma], out_data[kStatistics]};
+    std::vector<int> needed{out_grad[kOutput], in_data[kData], in_data[kGamma],
+                            out_data[kStatistics]};
+    AddEpilogueDependency(in_data, out_data, &needed);
+    return needed;
   }
 };
 
@@ -136,6 +123,7 @@ MXNET_REGISTER_OP_PROPERTY(_syncbn_batch_norm, BatchNormOpProperty)
     .add_argument("data", "NDArray-or-Symbol", "The input, of 2 or more dimensions.")
     .add_argument("gamma", "NDArray-or-Symbol", "The scale, per channel.")
     .add_argument("beta", "NDArray-or-Symbol", "The shift, per channel.")
+    .add_argument("residual", "NDArray-or-Symbol", "With add only: of the shape of data.")
     .add_argument("moving_mean", "NDArray-or-Symbol", "The moving mean.")
     .add_argument("moving_var", "NDArray-or-Symbol", "The moving variance (biased).")
     .add_argument("num_batches_tracked", "NDArray-or-Symbol", "With cumulative_average only.")

@@ -1,8 +1,8 @@
 // What the operators that normalize, _syncbn_normalize and _syncbn_batch_norm, have in common:
 // their properties for MXNet, and the parameters of their kernels.
 //
-// Their first argument is data, the last two are gamma and beta, the first output is the result,
-// and the auxiliary states are the moving statistics.
+// Their first argument is data, then come others of their own, gamma, beta, and with `add` a
+// residual.  The first output is the result, and the auxiliary states are the moving statistics.
 #pragma once
 
 #include <string>
@@ -21,10 +21,58 @@ enum MovingStatistics { kMovingMean, kMovingVar, kBatches };
 using Blobs = std::vector<mxnet::TBlob>;
 using Requests = std::vector<mxnet::OpReqType>;
 
-// Sets everything but the statistics.  `Param` has axis, eps, momentum, cumulative_average,
-// fix_gamma and use_batch_stats.
+enum ActivationType { kNoActivation, kRelu, kLeakyRelu };
+
+// The parameters of both; `Self` is the derived class, whose declaration calls Declare.
+template <typename Self>
+struct BatchNormFields : public dmlc::Parameter<Self> {
+  int axis;
+  double eps;
+  double momentum;
+  bool cumulative_average;
+  bool fix_gamma;
+  bool use_batch_stats;
+  int activation;
+  double slope;
+  bool add;
+
+  Activation ToActivation() const {
+    return {activation != kNoActivation, activation == kLeakyRelu ? slope : 0.0};
+  }
+
+ protected:
+  void Declare(dmlc::parameter::ParamManagerSingleton<Self>* manager) {
+    DMLC_DECLARE_FIELD(axis).set_default(1).describe("The channel axis; negative from the end.");
+    DMLC_DECLARE_FIELD(eps).set_default(1e-5).describe("Added to the variance.");
+    DMLC_DECLARE_FIELD(momentum).set_default(0.9).describe(
+        "The weight of the old moving statistics in the new ones.");
+    DMLC_DECLARE_FIELD(cumulative_average)
+        .set_default(false)
+        .describe(
+            "Ignore the momentum: the moving statistics are the average over all batches so far, "
+            "which a third auxiliary state counts.");
+    DMLC_DECLARE_FIELD(fix_gamma).set_default(false).describe("Treat gamma as 1.");
+    DMLC_DECLARE_FIELD(use_batch_stats)
+        .set_default(false)
+        .describe(
+            "Normalize by the batch's own statistics in inference as well, and do not update the "
+            "moving statistics.");
+    DMLC_DECLARE_FIELD(activation)
+        .add_enum("none", kNoActivation)
+        .add_enum("relu", kRelu)
+        .add_enum("leaky_relu", kLeakyRelu)
+        .set_default(kNoActivation)
+        .describe("Applied to the result.");
+    DMLC_DECLARE_FIELD(slope).set_default(0.01).set_lower_bound(0.0).describe(
+        "Of leaky_relu, for negative values.");
+    DMLC_DECLARE_FIELD(add).set_default(false).describe(
+        "Add one more argument, the residual, before the activation.");
+  }
+};
+
+// Sets everything but the statistics.  `gamma` is the index of that argument.
 template <typename Param>
-NormalizeForwardParams ToForwardParams(const Param& param, const Blobs& in_data,
+NormalizeForwardParams ToForwardParams(const Param& param, std::size_t gamma, const Blobs& in_data,
                                        const Requests& req, const Blobs& out_data,
                                        const Blobs& aux) {
   const mxnet::TBlob& x = in_data.front();
@@ -35,23 +83,29 @@ NormalizeForwardParams ToForwardParams(const Param& param, const Blobs& in_data,
   p.momentum = param.use_batch_stats ? 1.0 : param.momentum;
   p.fix_gamma = param.fix_gamma;
   p.x = x.dptr_;
-  p.gamma = in_data[in_data.size() - 2].dptr_;
-  p.beta = in_data.back().dptr_;
+  p.gamma = in_data[gamma].dptr_;
+  p.beta = in_data[gamma + 1].dptr_;
   p.moving_mean = aux[kMovingMean].dptr_;
   p.moving_var = aux[kMovingVar].dptr_;
   if (param.cumulative_average) p.batches = aux[kBatches].dptr_;
   p.y_mode = ToWriteMode(req[0]);
   p.y = out_data[0].dptr_;
+  p.activation = param.ToActivation();
+  if (param.add) p.residual = in_data[gamma + 2].dptr_;
+  if (param.add && p.activation.present && p.y_mode == WriteMode::kAdd) {
+    Raise("SyncBatchNorm with add and an activation cannot add to its output (grad_req 'add').");
+  }
   PreferHugePages(out_data[0]);
   return p;
 }
 
 // Sets what NormalizeBackwardParams and LocalBackwardParams have in common, but for the statistics.
 template <typename BackwardParams, typename Param>
-BackwardParams ToBackwardParams(const Param& param, const Blobs& out_grad, const Blobs& in_data,
-                                const Requests& req, const Blobs& in_grad, const Blobs& aux) {
+BackwardParams ToBackwardParams(const Param& param, std::size_t gamma, const Blobs& out_grad,
+                                const Blobs& in_data, const Blobs& out_data, const Requests& req,
+                                const Blobs& in_grad, const Blobs& aux) {
   const mxnet::TBlob& x = in_data.front();
-  const std::size_t gamma = in_data.size() - 2, beta = in_data.size() - 1;
+  const std::size_t beta = gamma + 1, residual = gamma + 2;
   BackwardParams p{};
   p.type = ToDataType(x.type_flag_);
   p.shape = ToFeatureShape(x.shape_, param.axis);
@@ -67,11 +121,24 @@ BackwardParams ToBackwardParams(const Param& param, const Blobs& out_grad, const
   p.gamma_grad = in_grad[gamma].dptr_;
   p.beta_grad_mode = ToWriteMode(req[beta]);
   p.beta_grad = in_grad[beta].dptr_;
+  p.epilogue.activation = param.ToActivation();
+  if (p.epilogue.activation.present) {  // see AddEpilogueDependency
+    if (param.add) {
+      p.epilogue.y = out_data[0].dptr_;
+    } else {
+      p.epilogue.beta = in_data[beta].dptr_;
+    }
+  }
+  if (param.add) {
+    p.epilogue.residual_grad_mode = ToWriteMode(req[residual]);
+    p.epilogue.residual_grad = in_grad[residual].dptr_;
+    PreferHugePages(in_grad[residual]);
+  }
   return p;
 }
 
-// `Param` has axis and cumulative_average.
-template <typename Self, typename Param>
+// `Param` is derived from BatchNormFields; `gamma` is the index of that argument.
+template <typename Self, typename Param, std::size_t gamma>
 class BatchNormProperty : public ParameterizedProperty<Self, Param> {
  public:
   std::vector<std::string> ListAuxiliaryStates() const override {
@@ -85,12 +152,13 @@ class BatchNormProperty : public ParameterizedProperty<Self, Param> {
     aux->resize(ListAuxiliaryStates().size());
     mxnet::TShape& data = in->front();
     Unify(&data, &out->at(0), "data");
+    if (this->param_.add) Unify(&data, &in->at(gamma + 2), "the residual");
     if (!mxnet::ndim_is_known(data)) return false;
     const auto channels = data[ChannelAxis(this->param_.axis, data.ndim())];
     if (!mxnet::dim_size_is_known(channels)) return false;
     mxnet::TShape per_channel(1, channels);
-    Unify(&per_channel, &in->at(in->size() - 2), "gamma");
-    Unify(&per_channel, &in->back(), "beta");
+    Unify(&per_channel, &in->at(gamma), "gamma");
+    Unify(&per_channel, &in->at(gamma + 1), "beta");
     Unify(&per_channel, &aux->at(kMovingMean), "moving_mean");
     Unify(&per_channel, &aux->at(kMovingVar), "moving_var");
     if (this->param_.cumulative_average) {
@@ -108,14 +176,27 @@ class BatchNormProperty : public ParameterizedProperty<Self, Param> {
     Unify(&data, &out->at(0), "data");
     if (data == -1) return false;
     int parameter = ParameterType(data);
-    Unify(&parameter, &in->at(in->size() - 2), "gamma");
-    Unify(&parameter, &in->back(), "beta");
+    Unify(&parameter, &in->at(gamma), "gamma");
+    Unify(&parameter, &in->at(gamma + 1), "beta");
+    if (this->param_.add) Unify(&data, &in->at(gamma + 2), "the residual");
     Unify(&parameter, &aux->at(kMovingMean), "moving_mean");
     Unify(&parameter, &aux->at(kMovingVar), "moving_var");
     if (this->param_.cumulative_average) {
       Unify(&parameter, &aux->at(kBatches), "num_batches_tracked");
     }
     return true;
+  }
+
+  // What backward reads of what came after normalization.
+  void AddEpilogueDependency(const std::vector<int>& in_data, const std::vector<int>& out_data,
+                             std::vector<int>* dependency) const {
+    if (!this->param_.ToActivation().present) return;
+    dependency->push_back(this->param_.add ? out_data[0] : in_data[gamma + 1]);
+  }
+
+  std::vector<std::string> WithResidual(std::vector<std::string> arguments) const {
+    if (this->param_.add) arguments.push_back("residual");
+    return arguments;
   }
 
   std::vector<std::pair<int, void*>> ForwardInplaceOption(

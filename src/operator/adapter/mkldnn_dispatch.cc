@@ -70,39 +70,44 @@ bool SameLayout(const NDArray& a, const NDArray& b) {
   return layout && layout == LayoutOf(b);
 }
 
-// Runs a call whose first output is a feature map, as is input `map`; in backward the first input,
-// the gradient, is one as well.  All other arrays are plain.  False: not in these layouts, and
-// nothing has happened, but that inputs[0] may have been replaced by an equal array.
+// Whether the array is a feature map like x; others are statistics and parameters.
+bool IsMap(const NDArray& array, const NDArray& x) {
+  return array.dtype() == x.dtype() && array.shape() == x.shape();
+}
+
+// Runs a call whose input `map` is a feature map, in whose layout all other maps are taken and
+// given; the first output is one.  All other arrays are plain.  False: not in these layouts, and
+// nothing has happened, but that maps among the inputs may have been replaced by equal arrays.
 bool RunInLayout(LegacyFunction function, std::size_t map, const mxnet::OpStatePtr& state,
                  const mxnet::OpContext& ctx, Arrays* inputs, const Requests& req,
                  const Arrays& outputs) {
-  const NDArray& x = inputs->at(map);
+  const NDArray x = inputs->at(map);
   const auto layout = LayoutOf(x);
-  if (!layout) return false;
-  const NDArray& result = outputs[0];
-  const bool is_written = req[0] == mxnet::kWriteTo || req[0] == mxnet::kWriteInplace;
-  if (result.dtype() != x.dtype() || result.shape() != x.shape()) return false;
-  if (req[0] == mxnet::kAddTo && !SameLayout(result, x)) return false;
-
-  for (std::size_t i = 1; i < inputs->size(); ++i) {
-    if (i != map && InMkldnnLayout(inputs->at(i))) return false;
-  }
-  for (std::size_t i = 1; i < outputs.size(); ++i) {
-    if (InMkldnnLayout(outputs[i])) return false;
-  }
-
-  NDArray& first = inputs->at(0);
-  if (!SameLayout(first, x)) first = Reordered(first, x);
-  if (is_written && !SameLayout(result, x) && !TakeLayout(result, x)) return false;
-
-  std::vector<mxnet::TBlob> in_blobs, out_blobs;
-  for (std::size_t i = 0; i < inputs->size(); ++i) {
-    const NDArray& input = inputs->at(i);
-    in_blobs.push_back(i == 0 || i == map ? RawBlob(input) : input.data());
-  }
+  if (!layout || !IsMap(outputs[0], x)) return false;
   for (std::size_t i = 0; i < outputs.size(); ++i) {
     const NDArray& output = outputs[i];
-    out_blobs.push_back(i == 0 && req[0] != mxnet::kNullOp ? RawBlob(output) : output.data());
+    if (!IsMap(output, x) && InMkldnnLayout(output)) return false;
+    if (IsMap(output, x) && req[i] == mxnet::kAddTo && !SameLayout(output, x)) return false;
+  }
+  for (NDArray& input : *inputs) {
+    if (!IsMap(input, x) && InMkldnnLayout(input)) return false;
+  }
+  for (NDArray& input : *inputs) {
+    if (IsMap(input, x) && !SameLayout(input, x)) input = Reordered(input, x);
+  }
+  for (std::size_t i = 0; i < outputs.size(); ++i) {
+    const bool is_written = req[i] == mxnet::kWriteTo || req[i] == mxnet::kWriteInplace;
+    if (!IsMap(outputs[i], x) || !is_written || SameLayout(outputs[i], x)) continue;
+    if (!TakeLayout(outputs[i], x)) return false;
+  }
+
+  std::vector<mxnet::TBlob> in_blobs, out_blobs;
+  for (const NDArray& input : *inputs) {
+    in_blobs.push_back(IsMap(input, x) ? RawBlob(input) : input.data());
+  }
+  for (std::size_t i = 0; i < outputs.size(); ++i) {
+    const bool raw = IsMap(outputs[i], x) && req[i] != mxnet::kNullOp;
+    out_blobs.push_back(raw ? RawBlob(outputs[i]) : outputs[i].data());
   }
   try {
     const LayoutOfCall scope(*layout);

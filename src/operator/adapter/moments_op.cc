@@ -1,10 +1,10 @@
 // _syncbn_moments: step 1 of forward, and step 2 of backward.
 //
 //   forward   data -> data, statistics of this device's shard, backward_context (not written)
-//   backward  dy, the backward sums of all devices, gamma * invstd and the mean -> gradient of data
+//   backward  g, the backward sums of all devices, gamma * invstd and the mean -> gradient of data
 //
 // _syncbn_normalize computes its gradients first, and passes on to this operator what it needs, as
-// the gradients of its outputs.  Data are passed through in order to receive dy; backward_context
+// the gradients of its outputs.  Data are passed through in order to receive g; backward_context
 // is an output for the sake of its gradient alone, which brings the numbers that are not exchanged.
 // docs/architecture.md has the picture.
 #include <string>
@@ -68,7 +68,7 @@ class MomentsOp : public mxnet::Operator {
     MomentsBackwardParams p{};
     p.type = ToDataType(x.type_flag_);
     p.shape = ToFeatureShape(x.shape_, param_.axis);
-    p.dy = out_grad[kOutput].dptr_;
+    p.g = out_grad[kOutput].dptr_;
     p.x = x.dptr_;
     p.backward_sums = out_grad[kStatistics].dptr<double>();
     p.backward_context = out_grad[kBackwardContext].dptr<double>();

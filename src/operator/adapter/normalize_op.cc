@@ -1,10 +1,12 @@
 // _syncbn_normalize: step 2 of forward, and step 1 of backward.
 //
-//   forward   data, statistics of all devices, backward_context (not read), gamma, beta -> output;
-//             updates the moving statistics
-//   backward  dy -> dy as the gradient of data, this device's backward sums as that of the
-//             statistics, gamma * invstd and the mean as that of backward_context, and the
-//             gradients of gamma and beta
+//   forward   data, statistics of all devices, backward_context (not read), gamma, beta and
+//   possibly
+//             a residual -> output, with an activation if one is wanted; updates the moving
+//             statistics
+//   backward  dy -> g, the gradient before the activation, as the gradient of data, this device's
+//             backward sums as that of the statistics, gamma * invstd and the mean as that of
+//             backward_context, and the gradients of gamma, beta and the residual
 #include <string>
 #include <vector>
 
@@ -16,30 +18,8 @@ namespace {
 
 enum Arguments { kData, kStatistics, kBackwardContext, kGamma, kBeta };
 
-struct NormalizeParam : public dmlc::Parameter<NormalizeParam> {
-  int axis;
-  double eps;
-  double momentum;
-  bool cumulative_average;
-  bool fix_gamma;
-  bool use_batch_stats;
-  DMLC_DECLARE_PARAMETER(NormalizeParam) {
-    DMLC_DECLARE_FIELD(axis).set_default(1).describe("The channel axis; negative from the end.");
-    DMLC_DECLARE_FIELD(eps).set_default(1e-5).describe("Added to the variance.");
-    DMLC_DECLARE_FIELD(momentum).set_default(0.9).describe(
-        "The weight of the old moving statistics in the new ones.");
-    DMLC_DECLARE_FIELD(cumulative_average)
-        .set_default(false)
-        .describe(
-            "Ignore the momentum: the moving statistics are the average over all batches so far, "
-            "which a third auxiliary state counts.");
-    DMLC_DECLARE_FIELD(fix_gamma).set_default(false).describe("Treat gamma as 1.");
-    DMLC_DECLARE_FIELD(use_batch_stats)
-        .set_default(false)
-        .describe(
-            "Normalize by the batch's own statistics in inference as well, and do not update the "
-            "moving statistics.");
-  }
+struct NormalizeParam : public BatchNormFields<NormalizeParam> {
+  DMLC_DECLARE_PARAMETER(NormalizeParam) { Declare(manager); }
 };
 
 class NormalizeOp : public mxnet::Operator {
@@ -50,18 +30,18 @@ class NormalizeOp : public mxnet::Operator {
 
   void Forward(const mxnet::OpContext& ctx, const Blobs& in_data, const Requests& req,
                const Blobs& out_data, const Blobs& aux) override {
-    auto p = ToForwardParams(param_, in_data, req, out_data, aux);
+    auto p = ToForwardParams(param_, kGamma, in_data, req, out_data, aux);
     p.statistics = in_data[kStatistics].dptr<double>();
     OnDevice(ctx, [&](const auto& device) { Run(device, p); });
   }
 
   void Backward(const mxnet::OpContext& ctx, const Blobs& out_grad, const Blobs& in_data,
-                const Blobs&, const Requests& req, const Blobs& in_grad,
+                const Blobs& out_data, const Requests& req, const Blobs& in_grad,
                 const Blobs& aux) override {
-    auto p =
-        ToBackwardParams<NormalizeBackwardParams>(param_, out_grad, in_data, req, in_grad, aux);
+    auto p = ToBackwardParams<NormalizeBackwardParams>(param_, kGamma, out_grad, in_data, out_data,
+                                                       req, in_grad, aux);
     p.statistics = in_data[kStatistics].dptr<double>();
-    p.dy_copy = ToWrite(req[kData], in_grad[kData]);
+    p.g = ToWrite(req[kData], in_grad[kData]);
     p.backward_sums = static_cast<double*>(ToWrite(req[kStatistics], in_grad[kStatistics]));
     p.backward_context =
         static_cast<double*>(ToWrite(req[kBackwardContext], in_grad[kBackwardContext]));
@@ -82,7 +62,7 @@ class NormalizeOp : public mxnet::Operator {
   const NormalizeParam param_;
 };
 
-class NormalizeProperty : public BatchNormProperty<NormalizeProperty, NormalizeParam> {
+class NormalizeProperty : public BatchNormProperty<NormalizeProperty, NormalizeParam, kGamma> {
  public:
   std::string TypeString() const override { return "_syncbn_normalize"; }
   mxnet::Operator* CreateOperator(mxnet::Context context) const override {
@@ -90,7 +70,7 @@ class NormalizeProperty : public BatchNormProperty<NormalizeProperty, NormalizeP
   }
 
   std::vector<std::string> ListArguments() const override {
-    return {"data", "statistics", "backward_context", "gamma", "beta"};
+    return WithResidual({"data", "statistics", "backward_context", "gamma", "beta"});
   }
 
   bool InferShape(mxnet::ShapeVector* in, mxnet::ShapeVector* out,
@@ -115,8 +95,10 @@ class NormalizeProperty : public BatchNormProperty<NormalizeProperty, NormalizeP
 
   std::vector<int> DeclareBackwardDependency(const std::vector<int>& out_grad,
                                              const std::vector<int>& in_data,
-                                             const std::vector<int>&) const override {
-    return {out_grad[0], in_data[kData], in_data[kGamma], in_data[kStatistics]};
+                                             const std::vector<int>& out_data) const override {
+    std::vector<int> needed{out_grad[0], in_data[kData], in_data[kGamma], in_data[kStatistics]};
+    AddEpilogueDependency(in_data, out_data, &needed);
+    return needed;
   }
 };
 
@@ -131,6 +113,7 @@ MXNET_REGISTER_OP_PROPERTY(_syncbn_normalize, NormalizeProperty)
                   "Takes numbers back to _syncbn_moments in backward.")
     .add_argument("gamma", "NDArray-or-Symbol", "The scale, per channel.")
     .add_argument("beta", "NDArray-or-Symbol", "The shift, per channel.")
+    .add_argument("residual", "NDArray-or-Symbol", "With add only: of the shape of data.")
     .add_argument("moving_mean", "NDArray-or-Symbol", "The moving mean.")
     .add_argument("moving_var", "NDArray-or-Symbol", "The moving variance (biased).")
     .add_argument("num_batches_tracked", "NDArray-or-Symbol", "With cumulative_average only.")

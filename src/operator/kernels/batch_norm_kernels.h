@@ -9,11 +9,12 @@
 //   M2       sum((x - mean)^2);  M2 / n is the variance, biased, as in MXNet's BatchNorm
 //   invstd   1 / sqrt(M2 / n + epsilon)
 //
-//   y      = gamma * invstd * (x - mean) + beta
-//   dx     = gamma * invstd * dy + b * (x - mean) + c
-//     b    = -gamma * invstd^3 / n * sum(dy * (x - mean))
-//     c    = -gamma * invstd / n * sum(dy)
-//   dgamma = invstd * sum(dy * (x - mean)),  dbeta = sum(dy)    (over this device's elements alone)
+//   y      = activation(z),  z = gamma * invstd * (x - mean) + beta [+ residual]
+//   g      = dy * activation'(z): the gradient of the residual
+//   dx     = gamma * invstd * g + b * (x - mean) + c
+//     b    = -gamma * invstd^3 / n * sum(g * (x - mean))
+//     c    = -gamma * invstd / n * sum(g)
+//   dgamma = invstd * sum(g * (x - mean)),  dbeta = sum(g)    (over this device's elements alone)
 //
 // Precision.  Data far from zero lose nothing, because only differences are multiplied.  One pass
 // takes sums of (x - pivot) and (x - pivot)^2, where the pivot is an element of the channel or the
@@ -50,6 +51,13 @@ struct FeatureShape {
   std::size_t block = 1;
   std::size_t count() const { return outer * inner; }  // elements per channel
   std::size_t outer_stride() const { return stride == 0 ? channels * inner : stride; }
+};
+
+// activation(z) = z, or slope * z where z < 0: with a slope of 0, relu, otherwise leaky relu.  Its
+// derivative at 0 is the slope, as in MXNet.
+struct Activation {
+  bool present = false;
+  double slope = 0.0;  // 0 or greater
 };
 
 struct Cpu {};
@@ -106,12 +114,24 @@ struct NormalizeForwardParams {
   void* moving_mean;
   void* moving_var;
   WriteMode y_mode;
-  void* y;  // may be x
+  void* y;  // may be x or the residual
   void* batches = nullptr;
+  Activation activation = {};
+  const void* residual = nullptr;  // null: none
 };
 
-// Step 1 of backward: this device's part of the backward sums, and the gradients of gamma and beta.
-// Where forward used the moving statistics, the sums are 0.
+// What the backward kernels need to know of what came after normalization, and the gradient that
+// they compute for it.
+struct EpilogueBackward {
+  Activation activation = {};
+  const void* beta = nullptr;  // with an activation, to compute z anew if there is no residual
+  const void* y = nullptr;     // with an activation and a residual: it has the sign of z
+  WriteMode residual_grad_mode = WriteMode::kSkip;
+  void* residual_grad = nullptr;
+};
+
+// Step 1 of backward: this device's part of the backward sums, and the gradients of gamma, beta and
+// the residual.  Where forward used the moving statistics, the sums are 0.
 struct NormalizeBackwardParams {
   DataType type;
   FeatureShape shape;
@@ -123,25 +143,26 @@ struct NormalizeBackwardParams {
   const void* gamma;
   const void* moving_mean;
   const void* moving_var;
-  void* dy_copy;             // gets a copy of dy; dy itself or null: no copy
+  void* g;                   // gets g, which without activation is dy; may be dy; null: not needed
   double* backward_sums;     // null: not needed
   double* backward_context;  // null: not needed
   WriteMode gamma_grad_mode;
   void* gamma_grad;
   WriteMode beta_grad_mode;
   void* beta_grad;
+  EpilogueBackward epilogue = {};
 };
 
 // Step 2 of backward: dx, from the backward sums of all devices.
 struct MomentsBackwardParams {
   DataType type;
   FeatureShape shape;
-  const void* dy;
+  const void* g;
   const void* x;
   const double* backward_sums;
   const double* backward_context;
   WriteMode dx_mode;
-  void* dx;  // may be dy
+  void* dx;  // may be g
 };
 
 // Both steps of backward, on one device.
@@ -162,6 +183,7 @@ struct LocalBackwardParams {
   void* gamma_grad;
   WriteMode beta_grad_mode;
   void* beta_grad;
+  EpilogueBackward epilogue = {};
 };
 
 // The four kernels of a synchronized layer.  The statistics are exchanged between the two of

@@ -93,7 +93,7 @@ StatisticsInUse<Acc> InUse(const Params& p) {
 }
 
 // The numbers of a channel for the loops over elements, which compute
-// (x - mean) * scale + shift [+ factor * dy].
+// (x - mean) * scale + shift [+ factor * g].
 template <typename Acc>
 struct alignas(4 * sizeof(Acc) > 16 ? 16 : 4 * sizeof(Acc)) ChannelEntry {
   Acc mean, scale, shift, factor;
@@ -109,14 +109,27 @@ GLUON_SYNCBN_ON_ANY_DEVICE ChannelEntry<Acc> ToEntry(double mean, double scale, 
           static_cast<Acc>(factor)};
 }
 
-// y = (x - mean) * gamma * invstd + beta
-template <typename Acc>
-GLUON_SYNCBN_ON_ANY_DEVICE ChannelEntry<Acc> NormalizeEntry(const NormalizeForwardParams& p,
+// z = (x - mean) * gamma * invstd + beta; the same bits in forward and where backward needs z
+// again.
+template <typename Acc, typename Params>
+GLUON_SYNCBN_ON_ANY_DEVICE ChannelEntry<Acc> NormalizeEntry(const Params& p, const void* beta,
                                                             const StatisticsInUse<Acc>& statistics,
                                                             std::size_t c) {
   const double gamma = p.fix_gamma ? 1.0 : static_cast<double>(static_cast<const Acc*>(p.gamma)[c]);
   return ToEntry<Acc>(statistics.Mean(c), gamma / std::sqrt(statistics.Variance(c) + p.epsilon),
-                      static_cast<const Acc*>(p.beta)[c], 0.0);
+                      static_cast<const Acc*>(beta)[c], 0.0);
+}
+
+// What has the sign of z, as an affine function of x, or of y where there is a residual; without an
+// activation, the identity.
+template <typename Acc, typename BackwardParams>
+GLUON_SYNCBN_ON_ANY_DEVICE ChannelEntry<Acc> GateEntry(const BackwardParams& p,
+                                                       const StatisticsInUse<Acc>& statistics,
+                                                       std::size_t c) {
+  if (!p.epilogue.activation.present || p.epilogue.y != nullptr) {
+    return {Acc(0), Acc(1), Acc(0), Acc(0)};
+  }
+  return NormalizeEntry(p, p.epilogue.beta, statistics, c);
 }
 
 // The weight of the old moving statistics in the new ones.
@@ -159,35 +172,35 @@ GLUON_SYNCBN_ON_ANY_DEVICE Scales ScalesOf(const BackwardParams& p,
   return {invstd, p.fix_gamma ? invstd : invstd * static_cast<const Acc*>(p.gamma)[c]};
 }
 
-// `sum_dy` and `sum_dy_xmu` are this device's sums of dy and of dy * (x - mean).
+// `sum_g` and `sum_g_xmu` are this device's sums of g and of g * (x - mean).
 template <typename Acc, typename BackwardParams>
 GLUON_SYNCBN_ON_ANY_DEVICE void StoreParameterGradients(const BackwardParams& p,
                                                         const Scales& scales, std::size_t c,
-                                                        double sum_dy, double sum_dy_xmu) {
+                                                        double sum_g, double sum_g_xmu) {
   Store(p.gamma_grad_mode, static_cast<Acc*>(p.gamma_grad) + c,
-        p.fix_gamma ? 0.0 : sum_dy_xmu * scales.invstd);
-  Store(p.beta_grad_mode, static_cast<Acc*>(p.beta_grad) + c, sum_dy);
+        p.fix_gamma ? 0.0 : sum_g_xmu * scales.invstd);
+  Store(p.beta_grad_mode, static_cast<Acc*>(p.beta_grad) + c, sum_g);
 }
 
 template <typename Acc>
 GLUON_SYNCBN_ON_ANY_DEVICE void FinishGradients(const LocalBackwardParams& p,
                                                 const StatisticsInUse<Acc>& statistics,
-                                                std::size_t c, double sum_dy, double sum_dy_xmu) {
-  StoreParameterGradients<Acc>(p, ScalesOf(p, statistics, c), c, sum_dy, sum_dy_xmu);
+                                                std::size_t c, double sum_g, double sum_g_xmu) {
+  StoreParameterGradients<Acc>(p, ScalesOf(p, statistics, c), c, sum_g, sum_g_xmu);
 }
 
 template <typename Acc>
 GLUON_SYNCBN_ON_ANY_DEVICE void FinishGradients(const NormalizeBackwardParams& p,
                                                 const StatisticsInUse<Acc>& statistics,
-                                                std::size_t c, double sum_dy, double sum_dy_xmu) {
+                                                std::size_t c, double sum_g, double sum_g_xmu) {
   const Scales scales = ScalesOf(p, statistics, c);
-  StoreParameterGradients<Acc>(p, scales, c, sum_dy, sum_dy_xmu);
+  StoreParameterGradients<Acc>(p, scales, c, sum_g, sum_g_xmu);
   const std::size_t channels = statistics.channels;
   const double per_element =
       statistics.AreOfBatch() ? scales.gamma_invstd / statistics.Count() : 0.0;
   if (p.backward_sums != nullptr) {
-    p.backward_sums[c] = -per_element * sum_dy;
-    p.backward_sums[channels + c] = -per_element * scales.invstd * scales.invstd * sum_dy_xmu;
+    p.backward_sums[c] = -per_element * sum_g;
+    p.backward_sums[channels + c] = -per_element * scales.invstd * scales.invstd * sum_g_xmu;
     if (c == 0) p.backward_sums[2 * channels] = 0.0;
   }
   if (p.backward_context != nullptr) {
@@ -196,7 +209,7 @@ GLUON_SYNCBN_ON_ANY_DEVICE void FinishGradients(const NormalizeBackwardParams& p
   }
 }
 
-// dx = gamma * invstd * dy, where forward used the moving statistics.
+// dx = gamma * invstd * g, where forward used the moving statistics.
 template <typename Acc>
 GLUON_SYNCBN_ON_ANY_DEVICE ChannelEntry<Acc> ScaleEntry(const LocalBackwardParams& p,
                                                         const StatisticsInUse<Acc>& statistics,
@@ -204,7 +217,7 @@ GLUON_SYNCBN_ON_ANY_DEVICE ChannelEntry<Acc> ScaleEntry(const LocalBackwardParam
   return ToEntry<Acc>(0.0, ScalesOf(p, statistics, c).gamma_invstd, 0.0, 0.0);
 }
 
-// dx = (x - mean) * b + c + gamma * invstd * dy
+// dx = (x - mean) * b + c + gamma * invstd * g
 template <typename Acc>
 GLUON_SYNCBN_ON_ANY_DEVICE ChannelEntry<Acc> CombineEntry(const MomentsBackwardParams& p,
                                                           std::size_t c) {

@@ -161,6 +161,17 @@ def test_moving_statistics_write_modes_and_copies(kernels, dtype, shape, axis):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize(
+    "slope, residual", [(0.0, False), (0.25, False), (0.0, True), (None, True)]
+)
+def test_activations_and_residuals(kernels, dtype, local, slope, residual):
+    for shape, axis in (((5, 3, 7, 6), 1), ((40, 24), 1)):
+        for mode in (checks.WRITE, checks.ADD):
+            checks.check_epilogue(kernels, dtype, shape, axis, local, slope, residual, mode)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape, axis", [((2, 3, 7, 7), 1), ((20, 6), 1)])
 def test_two_devices(kernels, dtype, shape, axis):
     checks.check_two_devices(kernels, dtype, shape, axis)

@@ -53,7 +53,15 @@ const CpuLoops<double>& Loops() {
 
 // Memory that a thread keeps from call to call, so that small layers allocate nothing: one buffer
 // per Use.  Its contents are valid until the next Scratch of the same Use in this thread.
-enum class Use { kChannelParams, kChannelValues, kTileSums, kChannelSums, kMoments, kPivots };
+enum class Use {
+  kChannelParams,
+  kGateParams,
+  kChannelValues,
+  kTileSums,
+  kChannelSums,
+  kMoments,
+  kPivots
+};
 template <Use use, typename Element>
 Element* Scratch(std::size_t size) {
   static thread_local std::vector<Element> buffer;
@@ -74,13 +82,13 @@ void ForEachChannel(std::size_t channels, const Visit& visit) {
 
 // The entries of all channels as the loops read them: an array per field, indexed by column.
 // Set every channel, then call Spread.
-template <typename Acc>
+template <typename Acc, Use use = Use::kChannelParams>
 class ChannelParams {
  public:
   explicit ChannelParams(const FeatureTiles& tiles)
       : tiles_(tiles),
         pitch_(std::max(tiles.channels(), tiles.columns())),
-        table_(Scratch<Use::kChannelParams, Acc>(4 * pitch_)) {}
+        table_(Scratch<use, Acc>(4 * pitch_)) {}
 
   void Set(std::size_t c, const ChannelEntry<Acc>& entry) {
     table_[c] = entry.mean;
@@ -234,8 +242,8 @@ void RunTyped(const MomentsForwardParams& p) {
   p.statistics[2 * channels] = static_cast<double>(p.shape.count());
 }
 
-// Two passes over an array: x in, y out.  (y needs the statistics of all devices, so it cannot be
-// computed in the pass that reads x for them.)
+// Two passes over an array: x in, y out; a third one, in, for the residual.  (y needs the
+// statistics of all devices, so it cannot be computed in the pass that reads x for them.)
 template <typename T>
 void RunTyped(const NormalizeForwardParams& p) {
   using Acc = AccType<T>;
@@ -243,7 +251,7 @@ void RunTyped(const NormalizeForwardParams& p) {
   const auto statistics = InUse<Acc>(p);
   ChannelParams<Acc> params(tiles);
   ForEachChannel(p.shape.channels, [&](std::size_t c) {
-    params.Set(c, NormalizeEntry(p, statistics, c));
+    params.Set(c, NormalizeEntry(p, p.beta, statistics, c));
     UpdateMovingStatistics(p, statistics, c);
   });
   if (statistics.AreOfBatch()) CountBatch<Acc>(p);
@@ -251,42 +259,105 @@ void RunTyped(const NormalizeForwardParams& p) {
   params.Spread();
   const T* x = static_cast<const T*>(p.x);
   T* y = static_cast<T*>(p.y);
+  const Epilogue<T> epilogue{static_cast<const T*>(p.residual), p.activation.present,
+                             static_cast<Acc>(p.activation.slope)};
+  const bool plain = epilogue.residual == nullptr && !epilogue.activate;
   ForEachTileBackwards(tiles, [&](const FeatureTile& tile) {
-    Loops<T>().affine(tile, params.affine(), x, y, p.y_mode == WriteMode::kAdd);
+    const bool add = p.y_mode == WriteMode::kAdd;
+    if (plain) return Loops<T>().affine(tile, params.affine(), x, y, add);
+    Loops<T>().activate(tile, params.affine(), epilogue, x, y, add);
   });
 }
 
-// The sums of dy and dy * (x - mean) over this device's elements, and what FinishGradients makes of
+// g, tile by tile: from dy, to where it is wanted.
+template <typename T>
+class Gradient {
+  using Acc = AccType<T>;
+
+ public:
+  // `to` is where g is to be stored, possibly null.
+  template <typename BackwardParams>
+  Gradient(const BackwardParams& p, void* to, const FeatureTiles& tiles,
+           const StatisticsInUse<Acc>& statistics)
+      : activation_(p.epilogue.activation),
+        dy_(static_cast<const T*>(p.dy)),
+        sign_(static_cast<const T*>(p.epilogue.y != nullptr ? p.epilogue.y : p.x)),
+        residual_mode_(p.epilogue.residual_grad_mode),
+        residual_(static_cast<T*>(p.epilogue.residual_grad)),
+        g_(static_cast<T*>(to)),
+        table_(tiles) {
+    if (!activation_.present && residual_mode_ != WriteMode::kAdd) return;
+    if (activation_.present && g_ == nullptr) {
+      if (residual_mode_ == WriteMode::kWrite) {
+        g_ = residual_;
+      } else {
+        spare_.resize(p.shape.outer * p.shape.outer_stride());
+        g_ = spare_.data();
+      }
+    }
+    ForEachChannel(p.shape.channels,
+                   [&](std::size_t c) { table_.Set(c, GateEntry(p, statistics, c)); });
+    table_.Spread();
+  }
+
+  void Compute(const FeatureTile& tile) const {
+    if (activation_.present) {
+      Loops<T>().gate(tile, table_.affine(), static_cast<Acc>(activation_.slope), dy_, sign_, g_);
+    } else if (g_ != nullptr && g_ != dy_) {
+      CopyTile(tile, dy_, g_);
+    }
+    if (residual_mode_ == WriteMode::kWrite && residual_ != g_) CopyTile(tile, Get(), residual_);
+    if (residual_mode_ == WriteMode::kAdd) {
+      Loops<T>().affine(tile, table_.affine(), Get(), residual_, true);
+    }
+  }
+
+  // What Compute has computed.
+  const T* Get() const { return g_ != nullptr ? g_ : dy_; }
+
+ private:
+  const Activation activation_;
+  const T* const dy_;
+  const T* const sign_;
+  const WriteMode residual_mode_;
+  T* const residual_;
+  T* g_;
+  std::vector<T> spare_;
+  ChannelParams<Acc, Use::kGateParams> table_;
+};
+
+// The sums of g and g * (x - mean) over this device's elements, and what FinishGradients makes of
 // them.  `then(tile)` runs while the tile is in the cache.
 template <typename T, typename BackwardParams, typename Then>
 void SumGradients(const BackwardParams& p, const FeatureTiles& tiles,
                   const StatisticsInUse<AccType<T>>& statistics, const AccType<T>* column_means,
-                  const Then& then) {
+                  const Gradient<T>& gradient, const Then& then) {
   using Acc = AccType<T>;
   const std::size_t channels = p.shape.channels, columns = tiles.tile_columns();
-  const T* dy = static_cast<const T*>(p.dy);
   const T* x = static_cast<const T*>(p.x);
-  double* sum_dy = Scratch<Use::kChannelSums, double>(2 * channels);
-  double* sum_dy_xmu = sum_dy + channels;
-  std::fill_n(sum_dy, 2 * channels, 0.0);
+  double* sum_g = Scratch<Use::kChannelSums, double>(2 * channels);
+  double* sum_g_xmu = sum_g + channels;
+  std::fill_n(sum_g, 2 * channels, 0.0);
   SumTiles(
       tiles, 2,
-      [=](const FeatureTile& tile, double* to) {
-        Loops<T>().products(tile, column_means, dy, x, to, to + columns);
+      [=, &gradient](const FeatureTile& tile, double* to) {
+        gradient.Compute(tile);
+        Loops<T>().products(tile, column_means, gradient.Get(), x, to, to + columns);
       },
       then,
       [=](const FeatureTile&, std::size_t c, const double* from) {
-        sum_dy[c] += from[0];
-        sum_dy_xmu[c] += from[columns];
+        sum_g[c] += from[0];
+        sum_g_xmu[c] += from[columns];
       });
   ForEachChannel(channels, [&](std::size_t c) {
     // What rounding to Acc took from the mean.
     const double mean = statistics.Mean(c), low = mean - static_cast<Acc>(mean);
-    FinishGradients(p, statistics, c, sum_dy[c], sum_dy_xmu[c] - low * sum_dy[c]);
+    FinishGradients(p, statistics, c, sum_g[c], sum_g_xmu[c] - low * sum_g[c]);
   });
 }
 
-// Two passes over an array, dy and x in; a third one, out, if dy is copied.
+// Two passes over an array, dy and x in; a third one, out, if g is stored elsewhere; with a
+// residual one more, y in, and its gradient out.
 template <typename T>
 void RunTyped(const NormalizeBackwardParams& p) {
   using Acc = AccType<T>;
@@ -297,11 +368,8 @@ void RunTyped(const NormalizeBackwardParams& p) {
     params.Set(c, {static_cast<Acc>(statistics.Mean(c)), 0, 0, 0});
   });
   params.Spread();
-  const T* dy = static_cast<const T*>(p.dy);
-  T* copy = static_cast<T*>(p.dy_copy);
-  SumGradients<T>(p, tiles, statistics, params.affine().mean, [=](const FeatureTile& tile) {
-    if (copy != nullptr && copy != dy) CopyTile(tile, dy, copy);
-  });
+  const Gradient<T> gradient(p, p.g, tiles, statistics);
+  SumGradients<T>(p, tiles, statistics, params.affine().mean, gradient, [](const FeatureTile&) {});
 }
 
 // Three passes over an array: dy and x in, dx out.
@@ -317,16 +385,17 @@ void RunTyped(const LocalBackwardParams& p) {
     params.Set(c, entry);
   });
   params.Spread();
-  const T* dy = static_cast<const T*>(p.dy);
   T* dx = static_cast<T*>(p.dx);
-  SumGradients<T>(p, tiles, statistics, params.factor(), [&](const FeatureTile& tile) {
+  const bool through_dx = p.epilogue.activation.present && p.dx_mode == WriteMode::kWrite;
+  const Gradient<T> gradient(p, through_dx ? dx : nullptr, tiles, statistics);
+  SumGradients<T>(p, tiles, statistics, params.factor(), gradient, [&](const FeatureTile& tile) {
     if (p.dx_mode == WriteMode::kSkip) return;
-    Loops<T>().affine(tile, params.affine(), dy, dx, p.dx_mode == WriteMode::kAdd);
+    Loops<T>().affine(tile, params.affine(), gradient.Get(), dx, p.dx_mode == WriteMode::kAdd);
   });
 }
 
-// Three passes over an array: dy and x in, dx out.  (dx needs the sums of all devices, so it cannot
-// be computed in the pass that reads dy and x for them.)
+// Three passes over an array: g and x in, dx out.  (dx needs the sums of all devices, so it cannot
+// be computed in the pass that reads g and x for them.)
 template <typename T>
 void RunTyped(const MomentsBackwardParams& p) {
   using Acc = AccType<T>;
@@ -335,11 +404,11 @@ void RunTyped(const MomentsBackwardParams& p) {
   ChannelParams<Acc> params(tiles);
   ForEachChannel(p.shape.channels, [&](std::size_t c) { params.Set(c, CombineEntry<Acc>(p, c)); });
   params.Spread();
-  const T* dy = static_cast<const T*>(p.dy);
+  const T* g = static_cast<const T*>(p.g);
   const T* x = static_cast<const T*>(p.x);
   T* dx = static_cast<T*>(p.dx);
   ForEachTileBackwards(tiles, [&](const FeatureTile& tile) {
-    Loops<T>().combine(tile, params.affine(), params.factor(), dy, x, dx,
+    Loops<T>().combine(tile, params.affine(), params.factor(), g, x, dx,
                        p.dx_mode == WriteMode::kAdd);
   });
 }

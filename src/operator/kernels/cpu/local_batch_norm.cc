@@ -98,6 +98,7 @@ void RunLocal(Cpu cpu, const NormalizeForwardParams& whole, double* statistics) 
     p.moving_mean = blocks.OfParameter(whole.moving_mean, i);
     p.moving_var = blocks.OfParameter(whole.moving_var, i);
     p.y = blocks.OfFeatureMap(whole.y, i);
+    p.residual = blocks.OfFeatureMap(whole.residual, i);
     p.momentum = momentum;
     p.batches = nullptr;  // counted once, below
     double* const of_block = blocks.OfStatistics(statistics, i);
@@ -125,17 +126,35 @@ void RunLocal(Cpu cpu, const LocalBackwardParams& whole) {
     p.dx = blocks.OfFeatureMap(whole.dx, i);
     p.gamma_grad = blocks.OfParameter(whole.gamma_grad, i);
     p.beta_grad = blocks.OfParameter(whole.beta_grad, i);
+    p.epilogue.beta = blocks.OfParameter(whole.epilogue.beta, i);
+    p.epilogue.y = blocks.OfFeatureMap(whole.epilogue.y, i);
+    p.epilogue.residual_grad = blocks.OfFeatureMap(whole.epilogue.residual_grad, i);
     if (p.statistics == nullptr) return BackwardByMovingStatistics(p);
 
+    // Where g is from the first kernel to the second.
+    std::vector<char> spare;
+    const void* g = p.dy;
+    void* place = nullptr;
+    if (p.epilogue.activation.present && p.dx_mode != WriteMode::kSkip) {
+      if (p.dx_mode == WriteMode::kWrite) {
+        place = p.dx;
+      } else if (p.epilogue.residual_grad_mode == WriteMode::kWrite) {
+        place = p.epilogue.residual_grad;
+      } else {
+        spare.resize(p.shape.outer * p.shape.outer_stride() * SizeOf(p.type));
+        place = spare.data();
+      }
+      g = place;
+    }
     static thread_local std::vector<double> sums, context;
     sums.resize(std::max(sums.size(), BackwardSumsSize(p.shape.channels)));
     context.resize(std::max(context.size(), BackwardContextSize(p.shape.channels)));
     Run(cpu, NormalizeBackwardParams{p.type, p.shape, p.epsilon, p.fix_gamma, p.dy, p.x,
-                                     p.statistics, p.gamma, p.moving_mean, p.moving_var, nullptr,
+                                     p.statistics, p.gamma, p.moving_mean, p.moving_var, place,
                                      sums.data(), context.data(), p.gamma_grad_mode, p.gamma_grad,
-                                     p.beta_grad_mode, p.beta_grad});
-    Run(cpu, MomentsBackwardParams{p.type, p.shape, p.dy, p.x, sums.data(), context.data(),
-                                   p.dx_mode, p.dx});
+                                     p.beta_grad_mode, p.beta_grad, p.epilogue});
+    Run(cpu, MomentsBackwardParams{p.type, p.shape, g, p.x, sums.data(), context.data(), p.dx_mode,
+                                   p.dx});
   });
 }
 

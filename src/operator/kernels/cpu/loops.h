@@ -36,6 +36,14 @@ struct Affine {
   const Acc* shift;
 };
 
+// What becomes of z = (x - mean) * scale + shift: y = activation(z + residual).
+template <typename T>
+struct Epilogue {
+  const T* residual;  // null: none
+  bool activate;
+  AccType<T> slope;  // of the activation, where its argument is negative
+};
+
 template <typename T>
 struct CpuLoops {
   // sums = sum(x - pivot) and squares = sum((x - pivot)^2) per column of the tile, in float64.
@@ -49,6 +57,13 @@ struct CpuLoops {
   // y = (x - mean) * scale + shift, or y += ... if `add`.  y may be x.
   void (*affine)(const FeatureTile& tile, const Affine<AccType<T>>& affine, const T* x, T* y,
                  bool add);
+  // The same with an epilogue.  y may be x or the residual.
+  void (*activate)(const FeatureTile& tile, const Affine<AccType<T>>& affine,
+                   const Epilogue<T>& epilogue, const T* x, T* y, bool add);
+  // The gradient before the activation: g = dy, or slope * dy where z <= 0, z as above.  g may be
+  // dy.
+  void (*gate)(const FeatureTile& tile, const Affine<AccType<T>>& affine, AccType<T> slope,
+               const T* dy, const T* x, T* g);
   // dx = factor * dy + (x - mean) * scale + shift, or dx += ... if `add`.  dx may be dy.
   void (*combine)(const FeatureTile& tile, const Affine<AccType<T>>& affine,
                   const AccType<T>* factor, const T* dy, const T* x, T* dx, bool add);

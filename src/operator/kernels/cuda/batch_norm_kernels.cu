@@ -50,7 +50,7 @@ struct MomentsSums {
   }
 };
 
-// Sums of dy and dy * (x - mean).
+// Sums of g and g * (x - mean).
 template <typename T>
 struct GradientSums {
   using Acc = AccType<T>;
@@ -65,9 +65,9 @@ struct GradientSums {
     const Acc high = static_cast<Acc>(mean);
     return {high, static_cast<Acc>(mean - high)};
   }
-  __device__ static void Add(const Pivot& mean, Acc dy, Acc x, Acc* sum, Acc* product) {
-    *sum += dy;
-    *product += dy * ((x - mean.high) - mean.low);
+  __device__ static void Add(const Pivot& mean, Acc g, Acc x, Acc* sum, Acc* product) {
+    *sum += g;
+    *product += g * ((x - mean.high) - mean.low);
   }
   __device__ void Finish(int64_t, const Pivot&, double, double*, double*) const {}
 };
@@ -109,7 +109,8 @@ __global__ void __launch_bounds__(kThreads)
                  ChannelEntry<Acc>* table) {
   const int64_t c = ThisChannel();
   if (c >= static_cast<int64_t>(statistics.channels)) return;
-  table[c] = NormalizeEntry(p, statistics, c);
+  table[c] = NormalizeEntry(p, p.beta, statistics, c);
+  if (p.residual != nullptr) table[c].factor = 1;
   UpdateMovingStatistics(p, statistics, c);
 }
 
@@ -118,6 +119,13 @@ template <typename Acc>
 __global__ void __launch_bounds__(kThreads)
     CountThisBatch(NormalizeForwardParams p, StatisticsInUse<Acc> statistics) {
   if (statistics.AreOfBatch()) CountBatch<Acc>(p);
+}
+
+template <typename Acc, typename BackwardParams>
+__global__ void __launch_bounds__(kThreads)
+    SetGate(BackwardParams p, StatisticsInUse<Acc> statistics, ChannelEntry<Acc>* table) {
+  const int64_t c = ThisChannel();
+  if (c < static_cast<int64_t>(statistics.channels)) table[c] = GateEntry(p, statistics, c);
 }
 
 template <typename Acc>
@@ -178,17 +186,59 @@ void RunTyped(const Gpu& gpu, const NormalizeForwardParams& p) {
   PerChannel(gpu, extent.channels, SetNormalize<Acc>, p, statistics, table);
   if (p.batches != nullptr) Launch(gpu, CountThisBatch<Acc>, dim3(1), dim3(1), p, statistics);
   if (p.y_mode == WriteMode::kSkip) return;
-  Elementwise(gpu, extent, table, static_cast<const T*>(p.x), static_cast<const T*>(nullptr),
-              static_cast<T*>(p.y), p.y_mode == WriteMode::kAdd);
+  Elementwise(gpu, extent, table, static_cast<const T*>(p.x), static_cast<const T*>(p.residual),
+              static_cast<T*>(p.y), p.y_mode == WriteMode::kAdd,
+              p.activation.present ? Epilogue::kActivate : Epilogue::kNone, p.activation.slope);
 }
 
-// The sums of dy and dy * (x - mean) over this device's elements, and what FinishGradients makes of
+// Where g is while it is needed: in `to` if it is not null, in the residual's gradient, or in
+// scratch memory.  Without an activation it is dy, which the caller has.
+template <typename T, typename BackwardParams>
+void* PlaceOfGradient(const Gpu& gpu, const BackwardParams& p, const Extent& extent, void* to) {
+  if (to != nullptr || !p.epilogue.activation.present) return to;
+  if (p.epilogue.residual_grad_mode == WriteMode::kWrite) return p.epilogue.residual_grad;
+  return Scratch<T>(gpu, Use::kGradient, extent.size());
+}
+
+// Computes g and the residual's gradient; returns g, which is also stored in `to` if that is not
+// null.
+template <typename T, typename BackwardParams>
+const T* ComputeGradient(const Gpu& gpu, const BackwardParams& p, const Extent& extent,
+                         const StatisticsInUse<AccType<T>>& statistics, void* to) {
+  using Acc = AccType<T>;
+  const auto& epilogue = p.epilogue;
+  const bool residual_added = epilogue.residual_grad_mode == WriteMode::kAdd;
+  ChannelEntry<Acc>* table = nullptr;
+  if (epilogue.activation.present || residual_added) {
+    table = Scratch<ChannelEntry<Acc>>(gpu, Use::kTable, extent.channels);
+    PerChannel(gpu, extent.channels, SetGate<Acc, BackwardParams>, p, statistics, table);
+  }
+  const T* dy = static_cast<const T*>(p.dy);
+  const T* g = dy;
+  if (epilogue.activation.present) {
+    T* place = static_cast<T*>(PlaceOfGradient<T>(gpu, p, extent, to));
+    const void* sign = epilogue.y != nullptr ? epilogue.y : p.x;
+    Elementwise(gpu, extent, table, static_cast<const T*>(sign), dy, place, false, Epilogue::kGate,
+                epilogue.activation.slope);
+    g = place;
+  } else {
+    Copy<T>(gpu, extent, dy, to);
+  }
+  T* residual = static_cast<T*>(epilogue.residual_grad);
+  if (epilogue.residual_grad_mode == WriteMode::kWrite) Copy<T>(gpu, extent, g, residual);
+  if (residual_added) {  // with a residual, the gate's table is the identity
+    Elementwise(gpu, extent, table, g, static_cast<const T*>(nullptr), residual, true);
+  }
+  return g;
+}
+
+// The sums of g and g * (x - mean) over this device's elements, and what FinishGradients makes of
 // them.
 template <typename T, typename BackwardParams>
 void SumGradients(const Gpu& gpu, const BackwardParams& p, const Extent& extent,
-                  const StatisticsInUse<AccType<T>>& statistics) {
-  const PartialSums partial = Reduce(gpu, extent, static_cast<const T*>(p.dy),
-                                     static_cast<const T*>(p.x), GradientSums<T>{statistics});
+                  const StatisticsInUse<AccType<T>>& statistics, const T* g) {
+  const PartialSums partial =
+      Reduce(gpu, extent, g, static_cast<const T*>(p.x), GradientSums<T>{statistics});
   Launch(gpu, FinishGradientSums<AccType<T>, BackwardParams>, partial.Grid(), partial.Block(),
          partial, p, statistics);
 }
@@ -196,8 +246,8 @@ void SumGradients(const Gpu& gpu, const BackwardParams& p, const Extent& extent,
 template <typename T>
 void RunTyped(const Gpu& gpu, const NormalizeBackwardParams& p) {
   const Extent extent = ToExtent(p.shape);
-  SumGradients<T>(gpu, p, extent, InUse<AccType<T>>(p));
-  Copy<T>(gpu, extent, p.dy, p.dy_copy);
+  const auto statistics = InUse<AccType<T>>(p);
+  SumGradients<T>(gpu, p, extent, statistics, ComputeGradient<T>(gpu, p, extent, statistics, p.g));
 }
 
 // For the moving statistics alone; RunLocal has the other case.
@@ -206,12 +256,14 @@ void RunTyped(const Gpu& gpu, const LocalBackwardParams& p) {
   using Acc = AccType<T>;
   const Extent extent = ToExtent(p.shape);
   const auto statistics = InUse<Acc>(p);
-  SumGradients<T>(gpu, p, extent, statistics);
+  const bool through_dx = p.epilogue.activation.present && p.dx_mode == WriteMode::kWrite;
+  const T* g = ComputeGradient<T>(gpu, p, extent, statistics, through_dx ? p.dx : nullptr);
+  SumGradients<T>(gpu, p, extent, statistics, g);
   if (p.dx_mode == WriteMode::kSkip) return;
   ChannelEntry<Acc>* table = Scratch<ChannelEntry<Acc>>(gpu, Use::kTable, extent.channels);
   PerChannel(gpu, extent.channels, SetScale<Acc>, p, statistics, table);
-  Elementwise(gpu, extent, table, static_cast<const T*>(p.dy), static_cast<const T*>(nullptr),
-              static_cast<T*>(p.dx), p.dx_mode == WriteMode::kAdd);
+  Elementwise(gpu, extent, table, g, static_cast<const T*>(nullptr), static_cast<T*>(p.dx),
+              p.dx_mode == WriteMode::kAdd);
 }
 
 template <typename T>
@@ -221,7 +273,7 @@ void RunTyped(const Gpu& gpu, const MomentsBackwardParams& p) {
   const Extent extent = ToExtent(p.shape);
   ChannelEntry<Acc>* table = Scratch<ChannelEntry<Acc>>(gpu, Use::kTable, extent.channels);
   PerChannel(gpu, extent.channels, SetCombine<Acc>, p, table);
-  Elementwise(gpu, extent, table, static_cast<const T*>(p.x), static_cast<const T*>(p.dy),
+  Elementwise(gpu, extent, table, static_cast<const T*>(p.x), static_cast<const T*>(p.g),
               static_cast<T*>(p.dx), p.dx_mode == WriteMode::kAdd);
 }
 
@@ -255,16 +307,38 @@ void RunLocal(const Gpu& gpu, const NormalizeForwardParams& params, double* stat
   Run(gpu, p);
 }
 
+namespace {
+
+void* PlaceOfGradient(const Gpu& gpu, const LocalBackwardParams& p) {
+  if (!p.epilogue.activation.present || p.dx_mode == WriteMode::kSkip) return nullptr;
+  void* const to = p.dx_mode == WriteMode::kWrite ? p.dx : nullptr;
+  const Extent extent = ToExtent(p.shape);
+  switch (p.type) {
+    case DataType::kFloat16:
+      return PlaceOfGradient<__half>(gpu, p, extent, to);
+    case DataType::kFloat32:
+      return PlaceOfGradient<float>(gpu, p, extent, to);
+    case DataType::kFloat64:
+      break;
+  }
+  return PlaceOfGradient<double>(gpu, p, extent, to);
+}
+
+}  // namespace
+
 void RunLocal(const Gpu& gpu, const LocalBackwardParams& p) {
   if (p.statistics == nullptr) return Dispatch(gpu, p);
   Check(cudaSetDevice(gpu.device));
   const std::size_t channels = p.shape.channels;
   double* sums = Scratch<double>(gpu, Use::kBackwardSums, BackwardSumsSize(channels));
   double* context = Scratch<double>(gpu, Use::kBackwardContext, BackwardContextSize(channels));
+  void* g = PlaceOfGradient(gpu, p);
   Run(gpu, NormalizeBackwardParams{p.type, p.shape, p.epsilon, p.fix_gamma, p.dy, p.x, p.statistics,
-                                   p.gamma, p.moving_mean, p.moving_var, nullptr, sums, context,
-                                   p.gamma_grad_mode, p.gamma_grad, p.beta_grad_mode, p.beta_grad});
-  Run(gpu, MomentsBackwardParams{p.type, p.shape, p.dy, p.x, sums, context, p.dx_mode, p.dx});
+                                   p.gamma, p.moving_mean, p.moving_var, g, sums, context,
+                                   p.gamma_grad_mode, p.gamma_grad, p.beta_grad_mode, p.beta_grad,
+                                   p.epilogue});
+  Run(gpu, MomentsBackwardParams{p.type, p.shape, g == nullptr ? p.dy : g, p.x, sums, context,
+                                 p.dx_mode, p.dx});
 }
 
 }  // namespace gluon_syncbn

@@ -1,10 +1,12 @@
 // Elementwise arithmetic on a GPU:
 //
-//   y = (x - mean) * scale + shift [+ factor * other]
+//   y = z [+ factor * other],  z = (x - mean) * scale + shift
+//   y = other, or slope * other where z <= 0
 //
-// with four numbers per channel.  Whatever its layout, the feature map is treated as one row of
-// accesses of 16 bytes.  The accesses of a thread are a fixed distance apart, so it advances the
-// channel index from one to the next without a division.
+// with four numbers per channel; the first one may be followed by an activation.  Whatever its
+// layout, the feature map is treated as one row of accesses of 16 bytes.  The accesses of a thread
+// are a fixed distance apart, so it advances the channel index from one to the next without a
+// division.
 #pragma once
 
 #include <algorithm>
@@ -32,6 +34,12 @@ enum class IndexMode {
   kEveryElement,  // element by element: everything else
 };
 
+enum class Epilogue {
+  kNone,
+  kActivate,  // y = slope * y where it is negative
+  kGate,      // the second formula: the backward pass of the activation
+};
+
 template <typename T>
 struct ElementwiseArgs {
   Extent extent;
@@ -39,7 +47,15 @@ struct ElementwiseArgs {
   const T* other;  // null: none
   T* y;            // may be x or other
   bool add;
+  Epilogue epilogue;
+  AccType<T> slope;
 };
+
+// (With a slope of 0, infinity must give 0, not NaN.)
+template <typename Acc>
+__device__ Acc Sloped(Acc slope, Acc value) {
+  return slope == 0 ? Acc(0) : slope * value;
+}
 
 template <typename T, int V>
 __device__ void StorePart(const Pack<T, V>& pack, T* to, int64_t at, int64_t size) {
@@ -97,7 +113,12 @@ __global__ void __launch_bounds__(kThreads)
     for (int k = 0; k < V; ++k) {
       const ChannelEntry<Acc>& e = entry[mode == IndexMode::kOneChannel ? 0 : k];
       Acc value = (x[k] - e.mean) * e.scale + e.shift;
-      if (args.other != nullptr) value += e.factor * other[k];
+      if (args.epilogue == Epilogue::kGate) {
+        value = value > 0 ? other[k] : Sloped(args.slope, other[k]);
+      } else {
+        if (args.other != nullptr) value += e.factor * other[k];
+        if (args.epilogue == Epilogue::kActivate && value < 0) value = Sloped(args.slope, value);
+      }
       if (args.add) value += before[k];
       T element;
       FromAcc(value, &element);
@@ -162,9 +183,10 @@ void ElementwiseOf(const Gpu& gpu, const ElementwiseArgs<T>& args,
 
 template <typename T>
 void Elementwise(const Gpu& gpu, const Extent& extent, const ChannelEntry<AccType<T>>* table,
-                 const T* x, const T* other, T* y, bool add) {
+                 const T* x, const T* other, T* y, bool add, Epilogue epilogue = Epilogue::kNone,
+                 double slope = 0.0) {
   if (extent.size() == 0) return;
-  const ElementwiseArgs<T> args{extent, x, other, y, add};
+  const ElementwiseArgs<T> args{extent, x, other, y, add, epilogue, static_cast<AccType<T>>(slope)};
   if (Aligned(x) && Aligned(other) && Aligned(y)) {
     ElementwiseOf<kPerAccess<T>>(gpu, args, table);
   } else {

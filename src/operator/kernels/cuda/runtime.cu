@@ -30,7 +30,7 @@ class DeviceMemory {
 }  // namespace
 
 void* ScratchBytes(const Gpu& gpu, Use use, std::size_t bytes) {
-  using Pieces = std::array<DeviceMemory, 4>;
+  using Pieces = std::array<DeviceMemory, static_cast<std::size_t>(Use::kCount)>;
   static thread_local std::map<std::pair<int, void*>, Pieces> streams;
   return streams[{gpu.device, gpu.stream}][static_cast<std::size_t>(use)].AtLeast(bytes);
 }

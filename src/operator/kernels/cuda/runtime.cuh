@@ -65,7 +65,7 @@ void Launch(const Gpu& gpu, void (*kernel)(Parameters...), dim3 grid, dim3 block
 // Device memory that a stream keeps from call to call, one buffer per Use: kernels of one stream
 // run one after the other, so they can share it.  It is allocated when it has to grow, never in the
 // steady state, and is never freed.
-enum class Use { kPartialSums, kTable, kBackwardSums, kBackwardContext };
+enum class Use { kPartialSums, kTable, kBackwardSums, kBackwardContext, kGradient, kCount };
 void* ScratchBytes(const Gpu& gpu, Use use, std::size_t bytes);
 template <typename Element>
 Element* Scratch(const Gpu& gpu, Use use, std::size_t size) {
