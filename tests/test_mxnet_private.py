@@ -132,6 +132,25 @@ def test_tracing_is_noticed_in_the_thread_that_traces():
     assert seen == [False, False, False, True, False]
 
 
+def test_a_trace_is_put_aside_and_back():
+    net = nn.HybridSequential()
+    net.add(nn.Dropout(0.5), nn.Dense(1, in_units=2))
+    net.initialize()
+    net.hybridize()
+    net(mx.nd.ones((1, 2)))
+    trace, graph = mxnet_private.kept_trace(net), mxnet_private.graph_of(net)
+    assert mxnet_private.dropout_rate(net[0]) == 0.5
+    mxnet_private.set_dropout_rate(net[0], 0)
+    mxnet_private.forget_trace(net)
+    net(mx.nd.ones((1, 2)))
+    assert "Dropout" not in mxnet_private.graph_of(net).tojson()
+    mxnet_private.put_back_trace(net, trace)
+    assert mxnet_private.graph_of(net) is graph and "Dropout" in graph.tojson()
+    with autograd.train_mode():
+        outs = {net(mx.nd.ones((1, 2))).asnumpy().item() for _ in range(20)}
+    assert len(outs) > 1
+
+
 def test_what_autograd_knows():
     x = mx.nd.ones(1)
     assert not mxnet_private.is_recorded(x)

@@ -20,12 +20,15 @@ from .data_parallel import (  # noqa: E402
     DataParallelModel,
     ModelDataParallel,
     parallel_backward,
+    recalibrate,
 )
+from .dimensions import BatchNorm1d, BatchNorm2d, BatchNorm3d  # noqa: E402
 from .key_barrier import get_timeout, set_timeout  # noqa: E402
 from .key_barrier_sum import KeyBarrierSum  # noqa: E402
 from .moving_average import MABN2d  # noqa: E402
 from .startup import start  # noqa: E402
 from .sync_batch_norm import BatchNorm, SyncBatchNorm  # noqa: E402
+from .tensorflow import sync_batch_norm  # noqa: E402
 from .version import __version__  # noqa: E402, F401
 
 start()
@@ -33,6 +36,9 @@ del start
 
 __all__ = [
     "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "CenConv2d",
     "ConversionError",
     "DataParallelCriterion",
@@ -47,7 +53,9 @@ __all__ = [
     "export_for_inference",
     "get_timeout",
     "parallel_backward",
+    "recalibrate",
     "revert_batchnorm",
     "set_timeout",
+    "sync_batch_norm",
     "symbol",
 ]

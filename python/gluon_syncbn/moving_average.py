@@ -264,7 +264,8 @@ class MABN2d(HybridBlock):
         """The layer's all-reduce, as a pass sees it."""
         local = self.num_devices == 1
         number = None if local else self.num_devices  # each by itself, however many there are
-        return Exchange(self.name, self.key, number, self.statistics, local, (self.buffer_gz,))
+        late = (self.buffer_gz,)
+        return Exchange(self.name, self.key, number, self.statistics, local, late_statistics=late)
 
     def cast(self, dtype: Any) -> None:
         """Cast the parameters; those of a layer for float16 data are float32."""

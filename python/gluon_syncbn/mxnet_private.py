@@ -186,6 +186,27 @@ def forget_trace(block: Any) -> None:
     block._clear_cached_op()
 
 
+def kept_trace(block: Any) -> Any:
+    """Return what was traced of a hybridized block, for :func:`put_back_trace`."""
+    return block._cached_graph
+
+
+def put_back_trace(block: Any, trace: Any) -> None:
+    """Give a block a graph that was traced before, in place of its own."""
+    forget_trace(block)
+    block._cached_graph = trace
+
+
+def dropout_rate(layer: Any) -> float:
+    """Return the rate of an ``nn.Dropout``."""
+    return layer._rate
+
+
+def set_dropout_rate(layer: Any, rate: float) -> None:
+    """Set the rate of an ``nn.Dropout``; graphs that were traced before keep theirs."""
+    layer._rate = rate
+
+
 def is_tracing() -> bool:
     """Whether a block is being traced, or named, in this thread."""
     return getattr(_BlockScope._current, "value", None) is not None

@@ -4,11 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
+from mxnet import symbol
+
 from .library import operator
+
+# An attribute of the all-reduce's node in a graph (with groups of one, of the layer's).  It is no
+# parameter of the operator, which learns its group from the pass.
+GROUP_SIZE = "__group_size__"
+
+
+def group_size_of(attributes: dict) -> int | None:
+    """Return the group size of a node of a graph, or None."""
+    return int(attributes[GROUP_SIZE]) if GROUP_SIZE in attributes else None
+
+
+def group_attributes(group_size: int | None) -> dict:
+    """Return the attributes of a node with this group size."""
+    return {} if group_size is None else {GROUP_SIZE: str(group_size)}
 
 
 def local_batch_norm(
-    F: Any, x: Any, parameters: dict, options: dict, use_global_stats: bool, name: str = "fwd"
+    F: Any,
+    x: Any,
+    parameters: dict,
+    options: dict,
+    use_global_stats: bool,
+    name: str = "fwd",
+    group_size: int | None = None,
 ) -> Any:
     """Compose a layer without all-reduce: one operator.
 
@@ -16,7 +38,12 @@ def local_batch_norm(
     the operator's: axis, eps, momentum, fix_gamma, and what there is beyond.
     """
     return operator(F, "_syncbn_batch_norm")(
-        data=x, use_global_stats=use_global_stats, name=name, **parameters, **options
+        data=x,
+        use_global_stats=use_global_stats,
+        name=name,
+        **_attr(F, group_size),
+        **parameters,
+        **options,
     )
 
 
@@ -68,8 +95,23 @@ def moving_average_batch_norm(
     )
 
 
+_OF_MOMENTS = "axis", "use_batch_stats", "spatial_dims"
+_OF_MOMENTS_ALONE = ("spatial_dims",)
+
+
+def _normalized(F, data, statistics, backward_context, parameters, options, name):
+    return operator(F, "_syncbn_normalize")(
+        data=data,
+        statistics=statistics,
+        backward_context=backward_context,
+        name=name,
+        **parameters,
+        **{k: value for k, value in options.items() if k not in _OF_MOMENTS_ALONE},
+    )
+
+
 def _moments(F, x, options, weights, name):
-    given = {name: options[name] for name in ("axis", "use_batch_stats") if name in options}
+    given = {name: options[name] for name in _OF_MOMENTS if name in options}
     if weights is not None:
         given.update(weights=F.BlockGrad(weights), weighted=True)
     return operator(F, "_syncbn_moments")(data=x, name=name, **given)
@@ -78,14 +120,7 @@ def _moments(F, x, options, weights, name):
 def weighted_batch_norm(F: Any, x: Any, parameters: dict, options: dict, weights: Any) -> Any:
     """Compose a layer with weights without all-reduce: moments, normalization."""
     data, moments, backward_context = _moments(F, x, options, weights, "moments")
-    return operator(F, "_syncbn_normalize")(
-        data=data,
-        statistics=moments,
-        backward_context=backward_context,
-        name="fwd",
-        **parameters,
-        **options,
-    )
+    return _normalized(F, data, moments, backward_context, parameters, options, "fwd")
 
 
 def synchronized_batch_norm(
@@ -98,11 +133,13 @@ def synchronized_batch_norm(
     call: int,
     names: tuple = ("moments", "sum", "fwd"),
     weights: Any = None,
+    group_size: int | None = None,
 ) -> Any:
     """Compose a synchronized layer: moments, the all-reduce, normalization.
 
+    ``options`` are those of :func:`local_batch_norm`.
     ``num_devices`` may be None; ``call`` tells apart a key's uses in a graph.  ``weights``: of
-    samples or positions, or None.
+    samples or positions, or None.  ``group_size`` is noted in a graph, for the pass to read.
     """
     data, moments, backward_context = _moments(F, x, options, weights, names[0])
     # The sum neither reads nor writes the moving mean.  As an auxiliary state of it, it makes
@@ -115,12 +152,10 @@ def synchronized_batch_norm(
         num_devices=num_devices or 0,
         call=call,
         name=names[1],
+        **_attr(F, group_size),
     )
-    return operator(F, "_syncbn_normalize")(
-        data=data,
-        statistics=total,
-        backward_context=backward_context,
-        name=names[2],
-        **parameters,
-        **options,
-    )
+    return _normalized(F, data, total, backward_context, parameters, options, names[2])
+
+
+def _attr(F, group_size):
+    return {"attr": group_attributes(group_size)} if F is symbol and group_size else {}

@@ -1,8 +1,9 @@
 """A pass: one forward call of a network on several devices, and its backward.
 
-The devices of a pass take part in its all-reduces, and no others do.  While a device runs its
-part, the pass is current in its thread; layers and graphs announce it before they run (``begin``),
-so it makes no difference whether Gluon knows of them.
+The devices of a pass take part in its all-reduces, and no others do.  A layer may divide them into
+groups that exchange among themselves (``group_size``); each group then has a number of its own.
+While a device runs its part, the pass is current in its thread; layers and graphs announce it
+before they run (``begin``), so it makes no difference whether Gluon knows of them.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from .library import LIBRARY, check
 
 # The all-reduce of a layer, or a KeyBarrierSum.  `num_devices`: None if the pass determines it.
 # `statistics`: the Parameters that training updates, the moving mean first; () for KeyBarrierSum.
-# `local`: the layer needs no all-reduce.  `late_statistics`: those that backward updates.
+# `local`: the layer needs no all-reduce.  `group_size`: None if all devices are one group.
+# `late_statistics`: those that backward updates.
 Exchange = namedtuple(
-    "Exchange", "name key num_devices statistics local late_statistics", defaults=((),)
+    "Exchange",
+    "name key num_devices statistics local group_size late_statistics",
+    defaults=(None, ()),
 )
 
 _thread = threading.local()
@@ -38,19 +42,46 @@ class Pass:
     ----------
     net : object
         The network.
+    devices : list of Context
+        The network's devices, in the order in which groups divide them.
     present : list of Context
-        The devices that take part.
-    idle : list of Context
-        The network's other devices.
+        Those that take part; the others are idle.
     """
 
-    def __init__(self, net, present, idle=()):
+    def __init__(self, net, devices, present):
         self.id = BARRIER.new_pass()
-        self.present, self.idle = list(present), list(idle)
+        self.present, self.idle = list(present), [d for d in devices if d not in present]
         self.failure = None  # why the devices should not go on
+        self.devices = list(devices)
         self._net = weakref.ref(net)
         self._begun = []
         self._late = []  # Parameters that backward updates
+        self._groups = {}  # (size, first device) -> the group's number in the exchange
+        self._lock = threading.Lock()  # around _groups and failure: devices begin at the same time
+
+    @property
+    def numbers(self):
+        """All numbers that the pass has in the exchange: its own, and those of groups."""
+        with self._lock:
+            return [self.id, *self._groups.values()]
+
+    def part_of(self, device, group_size):
+        """Return the number of the exchange that a device joins, and how many devices do."""
+        if group_size is None:
+            return self.id, len(self.present)
+        group = self._group_of(device, group_size)
+        with self._lock:
+            self._check_failure()  # a number that is made after `fail` would not be aborted
+            name = group_size, group[0]
+            if name not in self._groups:
+                self._groups[name] = BARRIER.new_pass()
+            return self._groups[name], sum(d in self.present for d in group)
+
+    def _group_of(self, device, group_size):
+        if group_size is None:
+            return self.devices
+        first = self.devices.index(device) // group_size * group_size
+        return self.devices[first : first + group_size]
 
     @property
     def exchanges(self):
@@ -58,24 +89,32 @@ class Pass:
         return list({e.key: e for exchanges in list(self._begun) for e in exchanges}.values())
 
     def note(self, exchanges):
-        if self.failure:
-            raise RuntimeError(f"this device's part has been given up: {self.failure}")
+        self._check_failure()
         for e in exchanges:
-            check_num_devices(e, len(self.present) + len(self.idle))
+            check_num_devices(e, len(self.devices))
         self._begun.append(exchanges)
 
+    def _check_failure(self):
+        if self.failure:
+            raise RuntimeError(f"this device's part has been given up: {self.failure}")
+
     def sync_idle_devices(self):
-        """Copy the statistics to devices without input."""
-        self._copy_to_idle(p for e in self.exchanges for p in e.statistics)
+        """Copy the statistics to devices without input, each from a device of its group.
+
+        In a group without any input, statistics stay as they are.
+        """
+        for exchange in self.exchanges:
+            self._copy_to_idle(exchange.statistics, exchange.group_size)
 
     def sync_idle_devices_late(self):
         """Copy the statistics that backward has updated to devices without input."""
         self._copy_to_idle(self._late)
 
-    def _copy_to_idle(self, parameters):
-        source = self.present[0]
-        for parameter in parameters:
-            for device in self.idle:
+    def _copy_to_idle(self, parameters, group_size=None):
+        for device in self.idle:
+            group = self._group_of(device, group_size)
+            source = next((d for d in group if d in self.present), None)
+            for parameter in parameters if source is not None else ():
                 parameter.data(source).copyto(parameter.data(device))
 
     def zero_idle_gradients(self):
@@ -97,17 +136,23 @@ class Pass:
 
     def fail(self, why):
         """Fail everything that waits in this pass or would wait later."""
-        self.failure = why
-        BARRIER.abort([self.id], why)
+        with self._lock:
+            self.failure = why
+        BARRIER.abort(self.numbers, why)
 
 
 def check_num_devices(exchange, num_devices):
-    """Raise ValueError if a layer was given another number of devices than there are."""
+    """Raise ValueError if a layer was made for another number of devices than there are."""
     if exchange.num_devices not in (None, num_devices):
         raise ValueError(
             f"{exchange.name} has num_devices={exchange.num_devices}, but ctx_list has "
             f"{num_devices} devices; give it num_devices=None or {num_devices} (a converted "
             "network: revert_batchnorm, then convert it anew)"
+        )
+    if exchange.group_size is not None and num_devices % exchange.group_size:
+        raise ValueError(
+            f"{exchange.name} has group_size={exchange.group_size}, but ctx_list has {num_devices} "
+            "devices, which cannot be divided into groups of that size; take a multiple"
         )
 
 
@@ -164,12 +209,28 @@ def begin(exchanges, context):
     if not synchronized:
         return
     if a_pass is None:
+        _refuse_groups(synchronized)
         _warn_of_loops(synchronized)
-    keys = (ctypes.c_char_p * len(synchronized))(*[e.key.encode() for e in synchronized])
-    means = {id(e.statistics[0]): e.statistics[0] for e in synchronized}  # layers may share theirs
+    for group_size in {e.group_size for e in synchronized}:
+        number, expected = a_pass.part_of(context, group_size) if a_pass else (0, 0)
+        alike = [e for e in synchronized if e.group_size == group_size]
+        _announce(alike, context, number, expected)
+
+
+def _announce(exchanges, context, number, expected):
+    keys = (ctypes.c_char_p * len(exchanges))(*[e.key.encode() for e in exchanges])
+    means = {id(e.statistics[0]): e.statistics[0] for e in exchanges}  # layers may share theirs
     order, count = handles([mean.data(context) for mean in means.values()])
-    number, expected = (a_pass.id, len(a_pass.present)) if a_pass else (0, 0)
-    check(LIBRARY.BeginPass(keys, len(synchronized), order, count, number, expected))
+    check(LIBRARY.BeginPass(keys, len(exchanges), order, count, number, expected))
+
+
+def _refuse_groups(exchanges):
+    for e in exchanges:
+        if e.group_size is not None:
+            raise RuntimeError(
+                f"{e.name} has group_size={e.group_size}, but only ModelDataParallel, by its "
+                "ctx_list, says which devices are a group; train the network through it"
+            )
 
 
 def _warn_of_loops(exchanges):

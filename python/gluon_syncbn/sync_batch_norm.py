@@ -67,17 +67,29 @@ def key_of(layer: Any, name: str) -> str:
 
 def checked_num_devices(num_devices: Any) -> int | None:
     """Return None or a positive integer; raise ValueError for anything else."""
-    if num_devices is None:
+    return _checked("num_devices", num_devices, "what ModelDataParallel says")
+
+
+def checked_group_size(group_size: Any, num_devices: int | None = None) -> int | None:
+    """Return None or a positive integer that divides ``num_devices``, or raise ValueError."""
+    group_size = _checked("group_size", group_size, "all devices")
+    if group_size is not None and num_devices is not None and num_devices % group_size:
+        raise ValueError(
+            f"num_devices={num_devices} is no multiple of group_size={group_size}; leave out "
+            "num_devices, or take a multiple"
+        )
+    return group_size
+
+
+def _checked(name, value, none):
+    if value is None:
         return None
     try:
-        number = 0 if isinstance(num_devices, bool) else operator.index(num_devices)
+        number = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = 0
     if number <= 0:
-        raise ValueError(
-            "num_devices must be a positive integer, or None for what ModelDataParallel says, but "
-            f"is {num_devices!r}"
-        )
+        raise ValueError(f"{name} must be a positive integer, or None for {none}, but is {value!r}")
     return number
 
 
@@ -146,6 +158,10 @@ default 'zeros' and 'ones'
         False, as in PyTorch: inference normalizes by the statistics of its own batch as well, those
         of the shard on each device, and training moves nothing.  ``running_mean`` and
         ``running_var`` exist all the same, so that checkpoints fit whatever the option.
+    group_size : int or None, default None
+        Synchronize over groups of so many devices: the first k of :class:`ModelDataParallel`'s
+        ``ctx_list``, the next k, and so on, as PyTorch's ``process_group`` and Apex's groups do.
+        The number of devices must be a multiple.  1: each device by itself.  None: all devices.
     activation : {None, 'relu', 'leaky_relu'}, default None
         Applied to the result by the same operators, forward and backward, which saves its passes
         over memory.  ``'none'`` is None, as in PyTorch-Encoding.
@@ -157,8 +173,9 @@ default 'zeros' and 'ones'
     Raises
     ------
     ValueError
-        If ``num_devices`` is neither None nor a positive integer, ``use_global_stats`` is combined
-        with ``track_running_stats=False``, or there is no such ``activation`` or ``slope``.
+        If ``num_devices`` or ``group_size`` is neither None nor a positive integer, or the first is
+        no multiple of the second; if ``use_global_stats`` is combined with
+        ``track_running_stats=False``; or if there is no such ``activation`` or ``slope``.
 
     See Also
     --------
@@ -184,6 +201,8 @@ default 'zeros' and 'ones'
     - *mxnet.MXNetError*: from the call, for integer data, an ``axis`` out of range or a number of
       channels that does not fit; when the output is read, if another device has not arrived by the
       deadline (:func:`set_timeout`).
+    - *RuntimeError*: in training outside of :class:`ModelDataParallel`, with a ``group_size`` of 2
+      or more.
 
     **Edge cases.** A shard without elements (under :func:`mxnet.util.np_shape`) contributes
     nothing; if no device has any, the moving statistics do not change.  One value per channel over
@@ -191,6 +210,15 @@ default 'zeros' and 'ones'
     ``beta`` and the gradient 0.  (PyTorch raises an error; but a program that works with
     ``nn.BatchNorm`` must not break, and the number of values on all devices is known only after the
     call has returned.)
+
+    **Groups.** With ``group_size`` the moving statistics are those of a device's group, so they
+    differ between groups: in inference, what a device computes depends on its group, and a
+    checkpoint, in which Gluon writes the average over the devices, has the average of the groups'
+    means and of their variances.  A group that has no input in a step keeps its moving statistics.
+    (A Trainer's first step copies those of the first device to all.)  Gradients of gamma and beta
+    are, as ever, each device's own, and the Trainer sums them over all devices.  An exported graph
+    remembers the group size and trains in a ``SymbolBlock`` in :class:`ModelDataParallel`; Module,
+    which does not say which of its contexts are a group, refuses to train it.
 
     References
     ----------
@@ -223,6 +251,7 @@ default 'zeros' and 'ones'
     """
 
     num_batches_tracked = None  # a Parameter if momentum is None
+    spatial_dims: int | None = None  # dimensions that the input must have besides N and C
 
     def __init__(
         self,
@@ -241,11 +270,13 @@ default 'zeros' and 'ones'
         track_running_stats: bool = True,
         activation: str | None = None,
         slope: float = 0.01,
+        group_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         if num_devices is None:
             num_devices = kwargs.pop("nGPUs", None)
         num_devices = checked_num_devices(num_devices)
+        group_size = checked_group_size(group_size, num_devices)
         if use_global_stats and not track_running_stats:
             raise ValueError(
                 "use_global_stats=True normalizes by the moving statistics, which a layer with "
@@ -268,6 +299,7 @@ default 'zeros' and 'ones'
         settings(self).update(  # shown by repr()
             num_devices=num_devices,
             track_running_stats=bool(track_running_stats),
+            group_size=group_size,
             **checked_activation(activation, slope),
         )
         if momentum is None and track_running_stats:
@@ -289,6 +321,11 @@ default 'zeros' and 'ones'
     def num_devices(self) -> int | None:
         """The number of devices that the layer was given, or None."""
         return settings(self)["num_devices"]
+
+    @property
+    def group_size(self) -> int | None:
+        """The number of devices in a group, or None if all are synchronized."""
+        return settings(self)["group_size"]
 
     @property
     def track_running_stats(self) -> bool:
@@ -314,8 +351,10 @@ default 'zeros' and 'ones'
     @property
     def exchange(self) -> Exchange:
         """The layer's all-reduce, as a pass sees it."""
-        local = self.num_devices == 1 or settings(self)["use_global_stats"]
-        return Exchange(self.name, self.key, self.num_devices, self.statistics, local)
+        local = 1 in (self.num_devices, self.group_size) or settings(self)["use_global_stats"]
+        return Exchange(
+            self.name, self.key, self.num_devices, self.statistics, local, self.group_size
+        )
 
     def __call__(self, data: Any, weights: Any = None, add: Any = None) -> Any:
         """Normalize an array; see the class."""
@@ -340,6 +379,8 @@ default 'zeros' and 'ones'
         """Compose the operators of one call; see the module's first lines."""
         given = settings(self)
         options = {k: given[k] for k in _OPTIONS if k in given}
+        if self.spatial_dims is not None:
+            options["spatial_dims"] = self.spatial_dims
         parameters = dict(gamma=gamma, beta=beta, moving_mean=running_mean, moving_var=running_var)
         if not given["track_running_stats"]:
             options["use_batch_stats"] = True
@@ -356,18 +397,23 @@ default 'zeros' and 'ones'
         # now.
         inference = imperative and not autograd.is_training()
         num_devices, use_global_stats = given["num_devices"], given["use_global_stats"]
+        group_size = given["group_size"]
         if use_global_stats or (inference and given["track_running_stats"]):
             weights = None  # the moving statistics are used
-        if use_global_stats or num_devices == 1 or inference:
+        if use_global_stats or 1 in (num_devices, group_size) or inference:
             if weights is not None:
                 return weighted_batch_norm(F, x, parameters, options, weights)
-            return local_batch_norm(F, x, parameters, options, use_global_stats)
+            return local_batch_norm(
+                F, x, parameters, options, use_global_stats, group_size=group_size
+            )
         if imperative:
             begin([self.exchange], x.context)
         # A graph may run a layer's several uses in any order, so each has a number.
         call = 0 if imperative else KEYS.next_call(self.key)
         return synchronized_batch_norm(
-            F, x, parameters, options, self.key, num_devices, call, weights=weights
+            *(F, x, parameters, options, self.key, num_devices, call),
+            weights=weights,
+            group_size=group_size,
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from mxnet.gluon import Block, SymbolBlock, contrib, nn
 from mxnet.symbol import Symbol
 
+from ..dimensions import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from ..moving_average import MABN2d
 from ..mxnet_private import graph_of, is_batch_norm, settings
 from ..networks import (
@@ -21,7 +22,7 @@ from ..networks import (
     set_graph,
     unwrap,
 )
-from ..sync_batch_norm import SyncBatchNorm, checked_num_devices
+from ..sync_batch_norm import SyncBatchNorm, checked_group_size, checked_num_devices
 from .fusing import fuse as fuse_graph
 from .graph import Graph
 from .rewriting import (
@@ -77,7 +78,9 @@ def check_registered(blocks):
                     )
 
 
-def convert_sync_batchnorm(net: Any, num_devices: int | None = None, fuse: bool = False) -> Any:
+def convert_sync_batchnorm(
+    net: Any, num_devices: int | None = None, fuse: bool = False, group_size: int | None = None
+) -> Any:
     """Make every batch normalization of a network synchronized.
 
     Every :class:`mxnet.gluon.nn.BatchNorm` and :class:`mxnet.gluon.contrib.nn.SyncBatchNorm`, at
@@ -92,8 +95,8 @@ def convert_sync_batchnorm(net: Any, num_devices: int | None = None, fuse: bool 
     ----------
     net : Block or ModelDataParallel
         Changed in place.  Layers that are synchronized already are left as they are; to change
-        their number of devices, call :func:`revert_batchnorm` first.
-    num_devices : int or None, default None
+        their number of devices or their groups, call :func:`revert_batchnorm` first.
+    num_devices, group_size : int or None, default None
         As for :class:`SyncBatchNorm`.
     fuse : bool, default False
         Let the layers apply the relu or leaky relu that follows them, and add the residual in
@@ -126,6 +129,7 @@ def convert_sync_batchnorm(net: Any, num_devices: int | None = None, fuse: bool 
         raise TypeError("net is a Symbol; use gluon_syncbn.convert_symbol")
     blocks = all_blocks(net)
     num_devices = checked_num_devices(num_devices)
+    group_size = checked_group_size(group_size, num_devices)
     check_registered(blocks)
     layers = []
     for block in blocks:
@@ -139,7 +143,7 @@ def convert_sync_batchnorm(net: Any, num_devices: int | None = None, fuse: bool 
             )
 
     def convert(graph):
-        converted = synchronize(graph, num_devices)
+        converted = synchronize(graph, num_devices, group_size)
         return converted + (fuse_graph(graph) if fuse else 0)
 
     graphs = _graphs_of(blocks, convert)
@@ -148,7 +152,9 @@ def convert_sync_batchnorm(net: Any, num_devices: int | None = None, fuse: bool 
         if not isinstance(layer, SyncBatchNorm):
             layer.__class__ = SyncBatchNorm
             _forget_mxnets(layer)
-            settings(layer).update(num_devices=num_devices, track_running_stats=True)
+            settings(layer).update(
+                num_devices=num_devices, track_running_stats=True, group_size=group_size
+            )
         if fuse:
             settings(layer)["fuse"] = True
 
@@ -163,7 +169,7 @@ def revert_batchnorm(net: Any) -> Any:
 
     The way back from :func:`convert_sync_batchnorm`: every :class:`SyncBatchNorm` (and MXNet's)
     becomes an :class:`mxnet.gluon.nn.BatchNorm` with the same settings and parameters; graphs
-    likewise.
+    likewise.  (What was :class:`BatchNorm2d` no longer checks its input's dimensions.)
 
     Parameters
     ----------
@@ -200,12 +206,12 @@ in_channels=None)
     kinds = SyncBatchNorm, contrib.nn.SyncBatchNorm
     layers = [block for block in blocks if isinstance(block, kinds)]
     for layer in layers:
-        if type(layer) not in kinds:
+        if type(layer) not in (*kinds, BatchNorm1d, BatchNorm2d, BatchNorm3d):
             raise ConversionError(
                 f"{layer.name} is a {type(layer).__name__}, which is not known to do what "
                 "SyncBatchNorm does; put SyncBatchNorm in its place"
             )
-        missing = type(layer) is SyncBatchNorm and _missing_in_mxnets(layer)
+        missing = isinstance(layer, SyncBatchNorm) and _missing_in_mxnets(layer)
         if missing:
             raise ConversionError(f"{layer.name} cannot be converted: {missing}")
     for block in blocks:
@@ -214,8 +220,8 @@ in_channels=None)
     graphs = _graphs_of(blocks, make_plain)
 
     def change(layer):
-        if type(layer) is SyncBatchNorm:
-            for name in ("num_devices", "track_running_stats", "fuse"):
+        if isinstance(layer, SyncBatchNorm):
+            for name in ("num_devices", "track_running_stats", "group_size", "fuse"):
                 settings(layer).pop(name, None)
         layer.__class__ = nn.BatchNorm
         _forget_mxnets(layer)

@@ -8,7 +8,7 @@ from ..sync_batch_norm import checked_activation
 from .graph import Node
 from .operator_inputs import arguments_of, inputs_of
 
-_OURS = "_syncbn_normalize", "_syncbn_batch_norm"
+NORMALIZATIONS = "_syncbn_normalize", "_syncbn_batch_norm"
 # On a fused node: what the normalization and the sum were called, the sum possibly "".
 _NAMES = "__fused_names__"
 
@@ -38,7 +38,7 @@ def fuse(graph, gammas=None):
 
     new, sums = {}, set()
     for node in graph.nodes:
-        if node.op not in _OURS or node.flag("add", False):
+        if node.op not in NORMALIZATIONS or node.flag("add", False):
             continue
         if node.attrs.get("activation", "none") != "none":
             continue

@@ -7,6 +7,7 @@ if no all-reduce is needed; see docs/architecture.md.
 from collections import Counter
 
 from ..keys import KEYS
+from ..operators import GROUP_SIZE, group_attributes
 from .fusing import split
 from .graph import Node
 from .operator_inputs import inputs_of
@@ -70,10 +71,12 @@ def _options(node):
 
 
 def _plain_attrs(node):
-    return {**_options(node), **node.user_attrs}
+    attrs = {**_options(node), **node.user_attrs}
+    attrs.pop(GROUP_SIZE, None)
+    return attrs
 
 
-def synchronize(graph, num_devices=None):
+def synchronize(graph, num_devices=None, group_size=None):
     """Replace every batch normalization of a :class:`Graph` by ours; return how many there were."""
     _check(graph)
     plain = [node for node in graph.nodes if node.op in CONVERTIBLE]
@@ -86,16 +89,18 @@ def synchronize(graph, num_devices=None):
         for (state, _), value in ((mean, "zero"), (variance, "one")):
             if state.is_variable:  # as MXNet marks them; files of other programs may lack it
                 state.attrs.setdefault("__init__", f'["{value}", {{}}]')
-        if node.flag("use_global_stats", False) or num_devices == 1:
-            attrs = {**options, **user}
+        groups = group_attributes(group_size)
+        if node.flag("use_global_stats", False) or 1 in (num_devices, group_size):
+            attrs = {**options, **user, **groups}
             new[node] = Node("_syncbn_batch_norm", node.name, attrs, node.inputs)
             continue
         del options["use_global_stats"]
         moments = Node(
             "_syncbn_moments", f"{node.name}_moments", {"axis": options["axis"], **user}, [data]
         )
-        exchange = {"key": key, "num_devices": num_devices or 0, "call": calls[node.name], **user}
+        exchange = {"key": key, "num_devices": num_devices or 0, "call": calls[node.name]}
         calls[node.name] += 1
+        exchange.update(**user, **groups)
         total = Node("_syncbn_sum", f"{node.name}_sum", exchange, [(moments, 1), mean])
         inputs = [(moments, 0), (total, 0), (moments, 2), gamma, beta, mean, variance]
         new[node] = Node("_syncbn_normalize", node.name, {**options, **user}, inputs)

@@ -84,7 +84,7 @@ def parallel_backward(
     recorded = passes.remembered()
 
     def fail(why):  # which of its passes these losses are of cannot be known
-        BARRIER.abort([p.id for p in recorded], why)
+        BARRIER.abort([number for p in recorded for number in p.numbers], why)
 
     tasks = [(c, lambda pairs=pairs: backward(pairs)) for c, pairs in by_device.items()]
     if len(tasks) == 1:

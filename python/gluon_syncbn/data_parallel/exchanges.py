@@ -11,6 +11,7 @@ from ..keys import KEYS
 from ..moving_average import MABN2d
 from ..mxnet_private import graph_of
 from ..networks import blocks_of, set_graph
+from ..operators import group_size_of
 from ..passes import Exchange
 from ..sync_batch_norm import SyncBatchNorm
 
@@ -52,17 +53,24 @@ def _read_graph(block):
             if moments.op == "_syncbn_mabn_moments":
                 late[name] = statistics_of(moments)
             if node.inputs[1][0] is moments:  # without an all-reduce
-                exchange = statistics[name], True, late.get(name, ())
-                found.append(Exchange(node.name, node.name, None, *exchange))
+                exchange = node.name, node.name, None, statistics[name], True
+                found.append(Exchange(*exchange, late_statistics=late.get(name, ())))
     for node in graph.nodes:
         if node.op == "_syncbn_batch_norm":
-            count = None if node.flag("use_global_stats", False) else 1
-            found.append(Exchange(node.name, node.name, count, statistics_of(node), True))
+            group_size = group_size_of(node.attrs)
+            count = None if group_size or node.flag("use_global_stats", False) else 1
+            moved = statistics_of(node)
+            found.append(Exchange(node.name, node.name, count, moved, True, group_size))
         elif node.op in EXCHANGES:
             count = int(node.attrs.get("num_devices", 0)) or None
             name = node.inputs[1][0].name if node.op == "_syncbn_sum" else None
-            moved = statistics.get(name, ()), False, late.get(name, ())
-            found.append(Exchange(node.name, node.attrs["key"], count, *moved))
+            moved, group_size = statistics.get(name, ()), group_size_of(node.attrs)
+            found.append(
+                Exchange(
+                    *(node.name, node.attrs["key"], count, moved, False, group_size),
+                    late_statistics=late.get(name, ()),
+                )
+            )
     return found
 
 

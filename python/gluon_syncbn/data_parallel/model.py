@@ -31,7 +31,8 @@ class ModelDataParallel(NetworkWrapper):
     net : Block or callable
         The network, or a callable with ``collect_params`` that runs one.
     ctx_list : list of Context
-        The devices: distinct, all CPUs or all GPUs.
+        The devices: distinct, all CPUs or all GPUs.  Layers with a ``group_size`` of k are
+        synchronized over the first k, the next k, and so on.
 
     Attributes
     ----------
@@ -46,8 +47,9 @@ class ModelDataParallel(NetworkWrapper):
         If ``net`` is neither a Block nor a callable with ``collect_params``.
     ValueError
         If ``ctx_list`` is empty, repeats a device, mixes CPUs and GPUs or names a GPU that does not
-        exist; if a layer's ``num_devices`` contradicts it; or if a parameter is missing on one of
-        the devices and cannot be copied there, because it is sparse or its Trainer has made steps.
+        exist; if a layer's ``num_devices`` or ``group_size`` contradicts it; or if a parameter is
+        missing on one of the devices and cannot be copied there, because it is sparse or its
+        Trainer has made steps.
     RuntimeError
         If there are several devices and MXNet runs on NaiveEngine, or the devices are GPUs and this
         package was built without its CUDA side, or MXNet without CUDA.
@@ -145,8 +147,10 @@ class ModelDataParallel(NetworkWrapper):
 
             The lists may be shorter than ``ctx_list``: a device without input contributes nothing
             to any statistic, its moving statistics become those of the others and its gradients
-            zero, so ``trainer.step`` does what one device with the whole batch would do.  (A
-            :func:`KeyBarrierSum` of your own still waits for its ``num_devices``.)
+            zero, so ``trainer.step`` does what one device with the whole batch would do.  (With
+            ``group_size``, the others are those of its group; if none of them has an input, the
+            moving statistics stay.  A :func:`KeyBarrierSum` of your own still waits for its
+            ``num_devices``.)
 
         Returns
         -------
@@ -170,7 +174,7 @@ class ModelDataParallel(NetworkWrapper):
         self._raise_failures()
         self._placement.restore()
         present = [shard.context for shard in shards]
-        a_pass = Pass(self.net, present, [c for c in self.ctx_list if c not in present])
+        a_pass = Pass(self.net, self.ctx_list, present)
         outputs = self._run(shards, a_pass)
         if a_pass.idle:
             self._sync_idle_devices(a_pass)

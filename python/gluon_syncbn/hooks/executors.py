@@ -33,6 +33,7 @@ from ..conversion.graph import Graph
 from ..conversion.rewriting import EXCHANGES
 from ..data_parallel import device_threads, random_state
 from ..library import LIBRARY, OPERATORS, check
+from ..operators import group_size_of
 from ..passes import handles
 
 MIRROR_VARIABLE = "MXNET_BACKWARD_DO_MIRROR"
@@ -91,11 +92,17 @@ class _Executor(Executor):
     """An executor of a symbol with our operators; made of one that MXNet has bound."""
 
     _run = None  # runs a function: right here, or in the device's thread
+    _grouped = None  # the name of a layer that is synchronized over groups
     _training = None  # the last forward
     _updates_late = False  # whether backward updates auxiliary states
 
     def forward(self, is_train=False, **kwargs):
         training = bool(is_train)
+        if training and self._grouped is not None:
+            raise RuntimeError(
+                f"{self._grouped} has a group_size, but an executor (Module) does not say which "
+                "devices are a group; train the graph as a SymbolBlock in ModelDataParallel"
+            )
         if self._training not in (None, training):
             for output in self.outputs:
                 output.wait_to_read()
@@ -116,13 +123,19 @@ class _Executor(Executor):
             with _mirroring_off():
                 return Executor.reshape(self, partial_shaping, allow_up_sizing, **kwargs)
 
-        return _adopt(self._run(bind), self._run, self._updates_late)
+        return _adopt(self._run(bind), self._run, self._grouped, self._updates_late)
 
 
-def _adopt(executor, run, updates_late):
+def _adopt(executor, run, grouped, updates_late):
     executor.__class__ = _Executor
-    executor._run, executor._updates_late = run, updates_late
+    executor._run, executor._grouped, executor._updates_late = run, grouped, updates_late
     return executor
+
+
+def _grouped_in(graph):
+    """Return the name of a node that all-reduces over groups, or None."""
+    exchanges = (node for node in graph.nodes if node.op in EXCHANGES)
+    return next((node.name for node in exchanges if group_size_of(node.attrs)), None)
 
 
 def _here(function):
@@ -146,7 +159,8 @@ def _adapted(bind):
             with _mirroring_off():
                 return bind(symbol, ctx, *args, **kwargs)
 
-        return _adopt(run(bind_it), run, '"_syncbn_mabn_moments"' in content)
+        late = '"_syncbn_mabn_moments"' in content
+        return _adopt(run(bind_it), run, _grouped_in(graph), late)
 
     return bind_ours
 

@@ -21,11 +21,17 @@ enum Outputs { kOutput, kStatistics };
 
 struct BatchNormParam : public BatchNormFields<BatchNormParam> {
   bool use_global_stats;
+  int spatial_dims;
   DMLC_DECLARE_PARAMETER(BatchNormParam) {
     Declare(manager);
     DMLC_DECLARE_FIELD(use_global_stats)
         .set_default(false)
         .describe("Normalize by the moving statistics in training as well.");
+    DMLC_DECLARE_FIELD(spatial_dims)
+        .set_default(0)
+        .describe(
+            "The number of dimensions besides batch and channels that the input must have (with 1, "
+            "none is right as well); 0: any number.");
   }
 };
 
@@ -79,6 +85,9 @@ class BatchNormOpProperty : public BatchNormProperty<BatchNormOpProperty, BatchN
 
   bool InferShape(mxnet::ShapeVector* in, mxnet::ShapeVector* out,
                   mxnet::ShapeVector* aux) const override {
+    if (mxnet::ndim_is_known(in->front())) {
+      CheckSpatialDims(param_.spatial_dims, in->front().ndim());
+    }
     const bool known = BatchNormProperty::InferShape(in, out, aux);
     out->resize(2);
     if (mxnet::shape_is_known(in->at(kGamma))) {

@@ -26,6 +26,7 @@ struct MomentsParam : public dmlc::Parameter<MomentsParam> {
   int axis;
   bool use_batch_stats;
   bool weighted;
+  int spatial_dims;
   DMLC_DECLARE_PARAMETER(MomentsParam) {
     DMLC_DECLARE_FIELD(axis).set_default(1).describe("The channel axis; negative from the end.");
     DMLC_DECLARE_FIELD(use_batch_stats)
@@ -33,6 +34,11 @@ struct MomentsParam : public dmlc::Parameter<MomentsParam> {
         .describe("Compute statistics in inference as well, where nothing is exchanged.");
     DMLC_DECLARE_FIELD(weighted).set_default(false).describe(
         "Take weights: samples or positions count as much as theirs say.");
+    DMLC_DECLARE_FIELD(spatial_dims)
+        .set_default(0)
+        .describe(
+            "The number of dimensions besides batch and channels that the input must have (with 1, "
+            "none is right as well); 0: any number.");
   }
 };
 
@@ -108,6 +114,9 @@ class MomentsProperty : public MomentsPropertyBase<MomentsProperty, MomentsParam
 
   bool InferShape(mxnet::ShapeVector* in, mxnet::ShapeVector* out,
                   mxnet::ShapeVector* aux) const override {
+    if (mxnet::ndim_is_known(in->at(kData))) {
+      CheckSpatialDims(param_.spatial_dims, in->at(kData).ndim());
+    }
     const bool known = MomentsPropertyBase::InferShape(in, out, aux);
     if (param_.weighted && known) CheckWeights(in->at(kData), in->at(kWeights));
     return known && (!param_.weighted || mxnet::shape_is_known(in->at(kWeights)));

@@ -66,6 +66,17 @@ inline int ChannelAxis(int axis, int ndim) {
   return axis < 0 ? axis + ndim : axis;
 }
 
+// Throws unless an input has this number of dimensions besides batch and channels; with 1, none is
+// right as well.  0: any number is.
+inline void CheckSpatialDims(int spatial_dims, int ndim) {
+  if (spatial_dims == 0 || ndim == spatial_dims + 2 || (spatial_dims == 1 && ndim == 2)) return;
+  Raise("BatchNorm", spatial_dims, "d takes an input of ", spatial_dims == 1 ? "2 or " : "",
+        spatial_dims + 2, " dimensions, but got ", ndim, "; use ",
+        ndim >= 2 && ndim <= 5 ? "BatchNorm" + std::to_string(ndim < 3 ? 1 : ndim - 2) + "d, or "
+                               : "",
+        "SyncBatchNorm, which takes any.");
+}
+
 // The feature maps of the current call, which have this shape and are in the layout of the call.
 inline FeatureShape ToFeatureShape(const mxnet::TShape& shape, int axis) {
   const int channel_axis = ChannelAxis(axis, shape.ndim());
