@@ -12,7 +12,13 @@ _LEADING = {
     "_syncbn_normalize": ("data", "statistics", "backward_context", "gamma", "beta"),
     "_syncbn_batch_norm": ("data", "gamma", "beta"),
 }
-_STATES = "moving_mean", "moving_var", "num_batches_tracked"
+_STATES = {  # the auxiliary states -> the option that they come with
+    "moving_mean": None,
+    "moving_var": None,
+    "num_batches_tracked": "cumulative_average",
+    "renorm_mean": "renorm",
+    "renorm_stddev": "renorm",
+}
 # On a fused node: what the normalization and the sum were called, the sum possibly "".
 _NAMES = "__fused_names__"
 
@@ -20,7 +26,8 @@ _NAMES = "__fused_names__"
 def inputs_of(node):
     """Map the arguments and auxiliary states of one of our normalizations to (node, output)."""
     residual = ("residual",) if node.flag("add", False) else ()
-    return dict(zip((*_LEADING[node.op], *residual, *_STATES), node.inputs))
+    states = [s for s, option in _STATES.items() if option is None or node.flag(option, False)]
+    return dict(zip((*_LEADING[node.op], *residual, *states), node.inputs))
 
 
 def states_of(node):
