@@ -12,6 +12,13 @@ All of it, on each of the devices; x is this device's shard, of shape (N, C, *),
         moving_mean   = momentum * moving_mean + (1 - momentum) * mean   # (C,)
         moving_var    = momentum * moving_var + (1 - momentum) * M2 / n  # (C,)
 
+    with batch renormalization [3]
+        r             = clip(1 / (invstd * renorm_stddev), rmin, rmax)   # (C,)   constants in
+        d             = clip((mean - renorm_mean) / renorm_stddev, -dmax, dmax)   # backward
+        z             = gamma * ((x - mean) * invstd * r + d) + beta
+        renorm_mean   = renorm_momentum * renorm_mean + (1 - renorm_momentum) * mean
+        renorm_stddev = renorm_momentum * renorm_stddev + (1 - renorm_momentum) / invstd
+
     backward [2]
         g             = dy * activation'(z + add)        # also the gradient of add
         s, t          = sum(g), sum(g * (x - mean))      # (C,), (C,)
@@ -30,6 +37,7 @@ Sums are in float64 whatever the dtype of x.
 .. [1] Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
    Variances", 1979.
 .. [2] Ioffe and Szegedy, "Batch Normalization", https://arxiv.org/abs/1502.03167, section 3.
+.. [3] Ioffe, "Batch Renormalization", https://arxiv.org/abs/1702.03275, algorithm 1.
 """
 
 from __future__ import annotations
@@ -46,6 +54,7 @@ from mxnet.ndarray import NDArray
 
 from .keys import KEYS
 from .mxnet_private import settings
+from .networks import mark_changed
 from .numpy_arrays import either_kind
 from .operators import local_batch_norm, synchronized_batch_norm, weighted_batch_norm
 from .passes import Exchange, begin
@@ -54,7 +63,10 @@ _keys: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # layer -> its k
 _lock = threading.Lock()
 
 # The settings that are options of the operators.
-_OPTIONS = "axis", "eps", "momentum", "fix_gamma", "activation", "slope"
+_OPTIONS = (
+    *("axis", "eps", "momentum", "fix_gamma", "activation", "slope"),
+    *("renorm", "renorm_momentum", "renorm_rmin", "renorm_rmax", "renorm_dmax"),
+)
 
 
 def key_of(layer: Any, name: str) -> str:
@@ -118,6 +130,32 @@ def checked_activation(activation: Any, slope: Any) -> dict:
     return {"activation": "leaky_relu", "slope": float(slope)}
 
 
+CLIPPING = "rmin", "rmax", "dmax"  # TensorFlow's keys
+
+
+def checked_clipping(clipping: Any) -> dict:
+    """Return the operators' options for ``renorm_clipping``; {} for None.
+
+    Raises
+    ------
+    ValueError
+        For other keys, or values that are negative, no numbers, or a ``rmin`` above ``rmax``.
+    """
+    given = {key: value for key, value in dict(clipping or {}).items() if value is not None}
+    wrong = [key for key in given if key not in CLIPPING]
+    if wrong:
+        raise ValueError(
+            f"renorm_clipping has {', '.join(map(repr, wrong))}; its keys are "
+            f"{', '.join(map(repr, CLIPPING))}, and any may be missing"
+        )
+    for key, value in given.items():
+        if not 0 <= float(value) < float("inf"):
+            raise ValueError(f"renorm_clipping: {key} must be 0 or greater, but is {value!r}")
+    if given.get("rmin", 0) > given.get("rmax", float("inf")):
+        raise ValueError(f"renorm_clipping: rmin must not be above rmax, but is {clipping!r}")
+    return {f"renorm_{key}": float(value) for key, value in given.items()}
+
+
 class SyncBatchNorm(nn.BatchNorm):
     """Batch normalization with statistics over all devices.
 
@@ -167,6 +205,18 @@ default 'zeros' and 'ones'
         over memory.  ``'none'`` is None, as in PyTorch-Encoding.
     slope : float, default 0.01
         Of ``'leaky_relu'``, for negative values; 0 or greater.
+    renorm : bool, default False
+        Batch renormalization [3]_, for small batches: training normalizes almost as inference does,
+        by averages over the batches before.  The layer has two more parameters, ``renorm_mean`` and
+        ``renorm_stddev``, of shape (C,).  Inference is as always.
+    renorm_clipping : dict or None, default None
+        With ``renorm``: limits of its correction, by TensorFlow's keys; r lies from ``rmin`` to
+        ``rmax``, and d from ``-dmax`` to ``dmax``.  A missing key means no limit; with rmin and
+        rmax of 1 and a dmax of 0 it is batch normalization, with which training should begin.  It
+        can be set while the network trains; see Notes.
+    renorm_momentum : float, default 0.99
+        With ``renorm``: ``renorm_mean = renorm_momentum * renorm_mean + (1 - renorm_momentum) *
+        mean``, and likewise with the standard deviation, ``sqrt(variance + epsilon)``.
     **kwargs
         ``prefix`` and ``params``, as for any Block; ``nGPUs``, an older name of ``num_devices``.
 
@@ -175,7 +225,9 @@ default 'zeros' and 'ones'
     ValueError
         If ``num_devices`` or ``group_size`` is neither None nor a positive integer, or the first is
         no multiple of the second; if ``use_global_stats`` is combined with
-        ``track_running_stats=False``; or if there is no such ``activation`` or ``slope``.
+        ``track_running_stats=False``; or if there is no such ``activation`` or ``slope``; or if
+        ``renorm_clipping`` or ``renorm_momentum`` is out of range, or ``renorm`` is combined with
+        ``use_global_stats`` or ``track_running_stats=False``.
 
     See Also
     --------
@@ -220,11 +272,29 @@ default 'zeros' and 'ones'
     remembers the group size and trains in a ``SymbolBlock`` in :class:`ModelDataParallel`; Module,
     which does not say which of its contexts are a group, refuses to train it.
 
+    **Batch renormalization** computes, with r and d as constants in the backward pass,
+
+    .. math:: y = \\left(\\frac{x - \\mathrm{E}[x]}{\\sqrt{\\mathrm{Var}[x] + \\epsilon}} r
+       + d\\right) \\gamma + \\beta
+
+    where r is the batch's standard deviation over ``renorm_stddev``, and d the distance of the
+    batch's mean from ``renorm_mean`` over ``renorm_stddev``, both as they were before this batch.
+    The paper relaxes the limits slowly, after some thousand steps of plain batch normalization::
+
+        if step >= 5000:
+            layer.renorm_clipping = {"rmax": rmax(step), "rmin": 1 / rmax(step), "dmax": dmax(step)}
+
+    Setting them has hybridized networks traced anew at their next call, so set them every few
+    hundred steps.  With ``group_size`` the averages are those of a device's group, as the moving
+    statistics are.
+
     References
     ----------
     .. [1] Ioffe and Szegedy, "Batch Normalization", ICML 2015, https://arxiv.org/abs/1502.03167
     .. [2] Zhang et al., "Context Encoding for Semantic Segmentation", CVPR 2018,
        https://arxiv.org/abs/1803.08904
+    .. [3] Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized
+       Models", NeurIPS 2017, https://arxiv.org/abs/1702.03275
 
     Examples
     --------
@@ -251,6 +321,7 @@ default 'zeros' and 'ones'
     """
 
     num_batches_tracked = None  # a Parameter if momentum is None
+    renorm_mean = renorm_stddev = None  # Parameters with renorm
     spatial_dims: int | None = None  # dimensions that the input must have besides N and C
 
     def __init__(
@@ -271,6 +342,9 @@ default 'zeros' and 'ones'
         activation: str | None = None,
         slope: float = 0.01,
         group_size: int | None = None,
+        renorm: bool = False,
+        renorm_clipping: dict | None = None,
+        renorm_momentum: float = 0.99,
         **kwargs: Any,
     ) -> None:
         if num_devices is None:
@@ -282,6 +356,15 @@ default 'zeros' and 'ones'
                 "use_global_stats=True normalizes by the moving statistics, which a layer with "
                 "track_running_stats=False does not have; leave one of them out"
             )
+        if renorm and (use_global_stats or not track_running_stats):
+            raise ValueError(
+                "renorm=True corrects the batch's statistics by averages, so it cannot be combined "
+                "with use_global_stats=True or track_running_stats=False; leave one of them out"
+            )
+        if renorm_clipping is not None and not renorm:
+            raise ValueError("renorm_clipping is given without renorm=True; add it")
+        if not 0 <= renorm_momentum <= 1:
+            raise ValueError(f"renorm_momentum must lie from 0 to 1, but is {renorm_momentum!r}")
         super().__init__(
             axis=axis,
             momentum=momentum,
@@ -302,6 +385,22 @@ default 'zeros' and 'ones'
             group_size=group_size,
             **checked_activation(activation, slope),
         )
+        if renorm:
+            settings(self).update(
+                renorm=True,
+                renorm_momentum=float(renorm_momentum),
+                **checked_clipping(renorm_clipping),
+            )
+            for name, init in (("renorm_mean", "zeros"), ("renorm_stddev", "ones")):
+                parameter = self.params.get(
+                    name,
+                    grad_req="null",
+                    shape=(in_channels,),
+                    init=init,
+                    allow_deferred_init=True,
+                    differentiable=False,
+                )
+                setattr(self, name, parameter)
         if momentum is None and track_running_stats:
             self.num_batches_tracked = self.params.get(
                 "num_batches_tracked",
@@ -338,9 +437,34 @@ default 'zeros' and 'ones'
         return settings(self).get("activation")
 
     @property
+    def renorm(self) -> bool:
+        """Whether the layer does batch renormalization."""
+        return settings(self).get("renorm", False)
+
+    @property
+    def renorm_clipping(self) -> dict:
+        """The limits of batch renormalization, by key; to be set as a whole, also in training."""
+        given = settings(self)
+        limits = {key: given.get(f"renorm_{key}") for key in CLIPPING}
+        return {key: limit for key, limit in limits.items() if limit is not None}
+
+    @renorm_clipping.setter
+    def renorm_clipping(self, clipping: dict | None) -> None:
+        if not self.renorm:
+            raise ValueError(f"{self.name} was made without renorm=True, so it clips nothing")
+        limits = checked_clipping(clipping)
+        for key in CLIPPING:
+            settings(self).pop(f"renorm_{key}", None)
+        settings(self).update(limits)
+        mark_changed(self)  # graphs have the limits built in
+
+    @property
     def statistics(self) -> tuple:
         """The Parameters that training updates without a gradient, the moving mean first."""
-        moved = self.running_mean, self.running_var, self.num_batches_tracked
+        moved = (
+            *(self.running_mean, self.running_var, self.num_batches_tracked),
+            *(self.renorm_mean, self.renorm_stddev),
+        )
         return tuple(parameter for parameter in moved if parameter is not None)
 
     @property
@@ -374,7 +498,7 @@ default 'zeros' and 'ones'
         beta,
         running_mean,
         running_var,
-        num_batches_tracked=None,
+        **further,
     ):
         """Compose the operators of one call; see the module's first lines."""
         given = settings(self)
@@ -386,9 +510,9 @@ default 'zeros' and 'ones'
             options["use_batch_stats"] = True
         if options["momentum"] is None:
             del options["momentum"]
-            if num_batches_tracked is not None:
+            if "num_batches_tracked" in further:
                 options["cumulative_average"] = True
-                parameters["num_batches_tracked"] = num_batches_tracked
+        parameters.update(further)  # num_batches_tracked, renorm_mean, renorm_stddev
         if add is not None:
             options["add"] = True
             parameters["residual"] = add

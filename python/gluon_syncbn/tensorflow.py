@@ -61,7 +61,7 @@ def sync_batch_norm(
     zero_debias_moving_mean: bool = False,
     scope: str | None = None,
     renorm: bool = False,
-    renorm_clipping: None = None,
+    renorm_clipping: dict | None = None,
     renorm_decay: float = 0.99,
     adjustment: None = None,
     num_dev: int | None = 1,
@@ -108,13 +108,18 @@ def sync_batch_norm(
         Names the variables: ``SCOPE_gamma``, ``SCOPE_beta``, ``SCOPE_running_mean`` and
         ``SCOPE_running_var``, for checkpoints of the Gluon layer.  None, for symbols only:
         ``BatchNorm``, ``BatchNorm_1``, ...
+    renorm : bool, default False
+        Batch renormalization, with ``renorm_clipping`` and, as ``renorm_momentum``,
+        ``renorm_decay`` as for :class:`SyncBatchNorm`.
+    renorm_clipping : dict, optional
+    renorm_decay : float, default 0.99
     num_dev : int or None, default 1
         Number of devices that take part.  None: determined by :class:`ModelDataParallel`.
     params : ParameterDict, optional
         Where the variables are; by default ``gluon_syncbn.tensorflow.VARIABLES``.  A scope is new
         in each of them.
     param_regularizers, updates_collections, variables_collections, outputs_collections, \
-batch_weights, zero_debias_moving_mean, renorm, renorm_clipping, renorm_decay, adjustment
+batch_weights, zero_debias_moving_mean, adjustment
         Refused unless they have their defaults; the error says what to do instead.
         (``updates_collections`` is None here: the forward pass updates the moving averages.)
 
@@ -164,9 +169,6 @@ batch_weights, zero_debias_moving_mean, renorm, renorm_clipping, renorm_decay, a
         batch_weights=(batch_weights, None, "leave out the samples that should not count"),
         zero_debias_moving_mean=(zero_debias_moving_mean, False, "start from a recalibrated mean"),
         adjustment=(adjustment, None, "transform what the function returns"),
-        renorm=(renorm, False, "leave it out"),
-        renorm_clipping=(renorm_clipping, None, "leave it out"),
-        renorm_decay=(renorm_decay, 0.99, "leave it out"),
     )
     symbolic = isinstance(inputs, Symbol)
     if not symbolic and not isinstance(inputs, NDArray):
@@ -194,6 +196,9 @@ batch_weights, zero_debias_moving_mean, renorm, renorm_clipping, renorm_decay, a
         "axis": _AXES[data_format],
         # An array's mode is set for its call; a graph's is not known yet.
         "use_global_stats": symbolic and not is_training,
+        "renorm": bool(renorm) and not (symbolic and not is_training),
+        "renorm_clipping": renorm_clipping if renorm else None,
+        "renorm_momentum": renorm_decay,
     }
     initializers = _initializers(param_initializers)
     params = VARIABLES if params is None else params
@@ -215,36 +220,38 @@ class _Scope:
 
     def __init__(self, params, name):
         self._params, self._name = params, name
-        self._layers = {}
+        self._layers = []  # (settings, layer)
 
     def layer(self, settings, initializers):
-        key = tuple(settings.items())
-        if key not in self._layers:
-            first, layer = next(iter(self._layers.items()), ((), None))
-            for name, value in first:
-                if name in ("center", "scale") and value != settings[name]:
+        for made, layer in self._layers:
+            for name in ("center", "scale"):
+                if made[name] != settings[name]:
                     raise ValueError(
-                        f"scope {self._name!r} was made with {name}={value}; a reuse must say the "
-                        "same"
+                        f"scope {self._name!r} was made with {name}={made[name]}; a reuse must say "
+                        "the same"
                     )
-            layer = SyncBatchNorm(
-                prefix=f"{self._params.prefix}{self._name}_",
-                params=None if layer is None else layer.params,
-                **settings,
-                **initializers,
-            )
-            self._layers[key] = layer
-            self._params.update(layer.params)
-        return self._layers[key]
+            if made == settings:
+                return layer
+        layer = SyncBatchNorm(
+            prefix=f"{self._params.prefix}{self._name}_",
+            params=self._layers[0][1].params if self._layers else None,
+            **settings,
+            **initializers,
+        )
+        self._layers.append((settings, layer))
+        self._params.update(layer.params)
+        return layer
 
     def prepare(self, layer, inputs, trainable):
         """Initialize the variables for an array, if they are not yet."""
         for parameter in (layer.gamma, layer.beta):
             if not trainable:
                 parameter.grad_req = "null"
-        if contexts_of(layer.gamma) is None:
+        new = [p for p in layer.params.values() if contexts_of(p) is None]
+        if new:
             layer.cast(inputs.dtype)
-            layer.initialize(ctx=_devices(layer, inputs.context))
+            for parameter in new:
+                parameter.initialize(ctx=_devices(layer, inputs.context))
 
 
 def _devices(layer, here):

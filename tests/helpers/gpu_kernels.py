@@ -33,6 +33,16 @@ EpilogueBackward = structure(
     residual_grad_mode=INT,
     residual_grad=POINTER,
 )
+Renormalization = structure(
+    "Renormalization",
+    momentum=DOUBLE,
+    r_min=DOUBLE,
+    r_max=DOUBLE,
+    d_max=DOUBLE,
+    mean=POINTER,
+    stddev=POINTER,
+    correction=POINTER,
+)
 Gpu = structure("Gpu", device=INT, stream=POINTER)
 FeatureShape = structure(
     "FeatureShape", outer=SIZE, channels=SIZE, inner=SIZE, stride=SIZE, block=SIZE
@@ -64,6 +74,7 @@ NormalizeForwardParams = structure(
     batches=POINTER,
     activation=Activation,
     residual=POINTER,
+    renorm=Renormalization,
 )
 NormalizeBackwardParams = structure(
     "NormalizeBackwardParams",
@@ -85,6 +96,7 @@ NormalizeBackwardParams = structure(
     beta_grad_mode=INT,
     beta_grad=POINTER,
     epilogue=EpilogueBackward,
+    correction=POINTER,
 )
 MomentsBackwardParams = structure(
     "MomentsBackwardParams",
@@ -116,6 +128,7 @@ LocalBackwardParams = structure(
     beta_grad_mode=INT,
     beta_grad=POINTER,
     epilogue=EpilogueBackward,
+    correction=POINTER,
 )
 PositionWeights = structure("PositionWeights", values=POINTER, outer_per_sample=SIZE)
 VALUES_READ = ctypes.CFUNCTYPE(None, POINTER, ctypes.POINTER(DOUBLE), SIZE, ctypes.c_char_p)
@@ -212,6 +225,7 @@ class Layer:
         self.activation = Activation(False, 0.0)
         self.residual = self.residual_grad = self.y = None
         self.residual_mode = SKIP
+        self.renorm, self.correction = Renormalization(), None
 
     def array(self, values):
         return self.kernels.device.array(values)
@@ -224,6 +238,7 @@ class Layer:
             TYPES[self.dtype], self.shape, 1e-5, p.momentum, self.fix_gamma, x.pointer, statistics,
             p.gamma.pointer, p.beta.pointer, p.mean.pointer, p.var.pointer, mode, y.pointer,
             p.batches and p.batches.pointer, p.activation, p.residual and p.residual.pointer,
+            p.renorm,
         )  # fmt: skip
         self.y = y
         if self.local:
@@ -253,6 +268,7 @@ class Layer:
             p.residual_grad and p.residual_grad.pointer,
         )
         gradients = parameters, p.gamma_grad.pointer, parameters, p.beta_grad.pointer, epilogue
+        gradients += (p.correction and p.correction.pointer,)
         if self.local:
             statistics = self.statistics.pointer if batch_statistics else None
             params = LocalBackwardParams(
@@ -511,6 +527,42 @@ def check_cumulative_average(kernels, dtype, shape, axis, local):
             assert layer.batches.numpy().tolist() == [step]
             assert largest_error(layer.mean.numpy(), np.mean(means, 0)) < tolerance
             assert largest_error(layer.var.numpy(), np.mean(variances, 0)) < tolerance
+
+
+def check_renormalization(kernels, dtype, shape, axis, local):
+    """A step's result, gradients, saved correction and averages, with some channels clipped."""
+    rng = np.random.RandomState(0)
+    x, dy = (rng.randn(*shape).astype(dtype) for _ in range(2))
+    layer, device = Layer(kernels, dtype, shape, axis, local=local), kernels.device
+    averages = rng.randn(layer.channels) / 2, rng.rand(layer.channels) + 0.5
+    mean, stddev = (device.array(a.astype(layer.acc_type)) for a in averages)
+    layer.correction = device.array(np.full(2 * layer.channels, np.nan))
+    layer.renorm = Renormalization(
+        0.75, 0.8, 1.4, 0.5, mean.pointer, stddev.pointer, layer.correction.pointer
+    )
+    xd, y, dx = device.array(x), device.array(np.zeros_like(x)), device.array(np.zeros_like(x))
+    layer.forward(xd, y)
+    layer.backward(device.array(dy), xd, dx)
+    flat, g = rows(x, axis), rows(dy, axis)
+    sigma = np.sqrt(flat.var(0) + 1e-5)
+    r = np.clip(sigma / averages[1], 0.8, 1.4)
+    d = np.clip((flat.mean(0) - averages[0]) / averages[1], -0.5, 0.5)
+    wanted = batch_norm([x], [dy], layer.gamma_value * r, layer.beta_value, axis)
+    hat = (flat - flat.mean(0)) / sigma * r + d
+    tolerance = TOLERANCE[dtype]
+    assert largest_error(rows(y.numpy(), axis), layer.gamma_value * hat + layer.beta_value) < (
+        tolerance
+    )
+    assert largest_error(dx.numpy(), wanted.dx[0]) < tolerance
+    assert largest_error(layer.gamma_grad.numpy(), (g * hat).sum(0)) < max(tolerance, 1e-11)
+    saved = layer.correction.numpy().reshape(-1, 2)
+    np.testing.assert_allclose(
+        saved, np.transpose([r, d]), rtol=1e-3 if dtype != "float64" else 1e-9
+    )
+    for got, before, batch in zip((mean, stddev), averages, (flat.mean(0), sigma)):
+        assert largest_error(got.numpy(), 0.75 * before + 0.25 * batch) < max(tolerance, 1e-11)
+    layer.forward(xd, y, batch_statistics=False)
+    assert (layer.correction.numpy().reshape(-1, 2) == [1, 0]).all()
 
 
 def check_write_modes(kernels, dtype, shape, axis, local):

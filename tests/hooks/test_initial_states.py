@@ -32,6 +32,12 @@ def raw_moving_average():
     return op._syncbn_mabn_normalize(data, moments, context, buffer_size=2, name="norm")
 
 
+def raw_options():
+    return mx.sym._internal._syncbn_batch_norm(
+        mx.sym.var("data"), cumulative_average=True, renorm=True, name="norm"
+    )
+
+
 def without_marks():
     """As in a file that another program has written."""
     graph = Graph(mx.sym.BatchNorm(mx.sym.var("data"), name="norm"))
@@ -41,17 +47,21 @@ def without_marks():
 
 
 @pytest.mark.parametrize(
-    "make",
+    "make, number",
     [
-        lambda: SyncBatchNorm(mx.sym.var("data"), ndev=2),
-        lambda: SyncBatchNorm(mx.sym.var("data"), ndev=1),
-        lambda: SyncBatchNorm(
-            mx.sym.var("data"), moving_mean=mx.sym.var("odd"), moving_var=mx.sym.var("even")
+        (lambda: SyncBatchNorm(mx.sym.var("data"), ndev=2), 2),
+        (lambda: SyncBatchNorm(mx.sym.var("data"), ndev=1), 2),
+        (
+            lambda: SyncBatchNorm(
+                mx.sym.var("data"), moving_mean=mx.sym.var("odd"), moving_var=mx.sym.var("even")
+            ),
+            2,
         ),
-        raw,
-        raw_alone,
-        raw_moving_average,
-        without_marks,
+        (raw, 2),
+        (raw_alone, 2),
+        (raw_options, 5),
+        (raw_moving_average, 4),
+        (without_marks, 2),
     ],
     ids=[
         "function",
@@ -59,20 +69,21 @@ def without_marks():
         "own-variables",
         "raw",
         "raw-alone",
+        "options",
         "raw-moving-average",
         "without-marks",
     ],
 )
-def test_statistics_are_initialized(make):
+def test_statistics_are_initialized(make, number):
     """Independently of the initializer of the weights, and of names."""
     sym = make()
     module = mx.mod.Module(sym, label_names=None)
     module.bind([("data", (2, 3))])
     module.init_params(mx.init.Mixed([".*"], [mx.init.Constant(7)]))
     _, states = module.get_params()
-    assert len(states) == (4 if make is raw_moving_average else 2)
+    assert len(states) == number
     for name, state in states.items():
-        wanted = 1 if name.endswith("var") or name == "even" else 0
+        wanted = 1 if name.endswith(("var", "stddev")) or name == "even" else 0
         np.testing.assert_array_equal(state.asnumpy(), wanted)
 
 

@@ -29,6 +29,7 @@ from .rewriting import (
     NO_AVERAGE,
     NO_BATCH_STATISTICS,
     NO_MOVING_AVERAGES,
+    NO_RENORMALIZATION,
     ConversionError,
     make_plain,
     synchronize,
@@ -187,9 +188,9 @@ def revert_batchnorm(net: Any) -> Any:
         If ``net`` is neither.
     ConversionError
         A ValueError: if a layer is of a derived class or does what MXNet's cannot
-        (``momentum=None``, ``track_running_stats=False``, ``activation``, :class:`MABN2d`), or a
-        graph has an all-reduce that is not part of a batch normalization.  Then nothing has been
-        converted.
+        (``momentum=None``, ``track_running_stats=False``, ``activation``, ``renorm``,
+        :class:`MABN2d`), or a graph has an all-reduce that is not part of a batch normalization.
+        Then nothing has been converted.
 
     Examples
     --------
@@ -236,6 +237,8 @@ def _missing_in_mxnets(layer):
         return NO_BATCH_STATISTICS
     if layer.activation is not None:
         return FUSED
+    if layer.renorm:
+        return NO_RENORMALIZATION
     return NO_AVERAGE if settings(layer)["momentum"] is None else None
 
 

@@ -1,13 +1,20 @@
 """The inputs of our operators in a graph, by name: a symbol's JSON has them by number."""
 
 _CHAINED = "data", "statistics", "backward_context", "gamma", "beta"
-_MOVING = "moving_mean", "moving_var", "num_batches_tracked"
-# operator -> (arguments, auxiliary states; the last of those may be missing)
+# auxiliary state -> the option that it comes with
+_MOVING = {
+    "moving_mean": None,
+    "moving_var": None,
+    "num_batches_tracked": "cumulative_average",
+    "renorm_mean": "renorm",
+    "renorm_stddev": "renorm",
+}
+# operator -> (arguments, auxiliary states)
 _NAMES = {
     "_syncbn_normalize": (_CHAINED, _MOVING),
     "_syncbn_batch_norm": (("data", "gamma", "beta"), _MOVING),
-    "_syncbn_mabn_moments": (("data",), ("buffer_gz",)),
-    "_syncbn_mabn_normalize": (_CHAINED, ("running_var", "buffer_x2", "iters")),
+    "_syncbn_mabn_moments": (("data",), {"buffer_gz": None}),
+    "_syncbn_mabn_normalize": (_CHAINED, dict.fromkeys(("running_var", "buffer_x2", "iters"))),
 }
 
 
@@ -20,7 +27,8 @@ def arguments_of(node):
 def inputs_of(node):
     """Map the names of a node's arguments and auxiliary states to (node, output)."""
     _, states = _NAMES[node.op]
-    return dict(zip((*arguments_of(node), *states), node.inputs))
+    present = [s for s, option in states.items() if option is None or node.flag(option, False)]
+    return dict(zip((*arguments_of(node), *present), node.inputs))
 
 
 def states_of(node):

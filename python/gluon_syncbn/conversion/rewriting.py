@@ -31,6 +31,10 @@ NO_AVERAGE = (
     "momentum and load its parameters with ignore_extra=True, or, for inference, use "
     "export_for_inference"
 )
+NO_RENORMALIZATION = (
+    "MXNet's BatchNorm has no batch renormalization; make the network without renorm and load its "
+    "parameters with ignore_extra=True, or, for inference, use export_for_inference"
+)
 NO_BATCH_STATISTICS = (
     "with track_running_stats=False it normalizes by its batch in inference, which MXNet's "
     "BatchNorm cannot do; use net.export, whose files load where gluon_syncbn is imported"
@@ -126,6 +130,8 @@ def make_plain(graph, inference=False):
             continue
         if node.flag("use_batch_stats", False):
             _cannot(node, NO_BATCH_STATISTICS)
+        if node.flag("renorm", False) and not inference:
+            _cannot(node, NO_RENORMALIZATION)
         if node.flag("cumulative_average", False) and not inference:
             _cannot(node, NO_AVERAGE)
         given = inputs_of(node)

@@ -13,7 +13,7 @@ from mxnet import symbol
 from ..mxnet_private import internal, set_attribute
 
 # operator -> what its last inputs, the auxiliary states, begin with; `cumulative_average` adds a
-# number of batches
+# number of batches, and `renorm` two averages
 _STATES = {
     "_syncbn_sum": ("zero",),
     "_syncbn_normalize": ("zero", "one"),
@@ -28,7 +28,8 @@ def _marking(compose, states):
     def composed(*args, **kwargs):
         result = compose(*args, **kwargs)
         inputs = list(result.get_children())
-        starts = states + ("zero",) if kwargs.get("cumulative_average") else states
+        starts = states + ("zero",) * bool(kwargs.get("cumulative_average"))
+        starts += ("zero", "one") * bool(kwargs.get("renorm"))
         for state, value in zip(inputs[-len(starts) :], starts):
             is_variable = state.get_children() is None
             if is_variable and state.attr("__init__") is None:  # the user's own comes first

@@ -80,8 +80,9 @@ class BatchNormOpProperty : public BatchNormProperty<BatchNormOpProperty, BatchN
   std::vector<std::string> ListArguments() const override {
     return WithResidual({"data", "gamma", "beta"});
   }
-  std::vector<std::string> ListOutputs() const override { return {"output", "statistics"}; }
-  int NumVisibleOutputs() const override { return 1; }
+  std::vector<std::string> ListOutputs() const override {
+    return WithCorrection({"output", "statistics"});
+  }
 
   bool InferShape(mxnet::ShapeVector* in, mxnet::ShapeVector* out,
                   mxnet::ShapeVector* aux) const override {
@@ -89,7 +90,6 @@ class BatchNormOpProperty : public BatchNormProperty<BatchNormOpProperty, BatchN
       CheckSpatialDims(param_.spatial_dims, in->front().ndim());
     }
     const bool known = BatchNormProperty::InferShape(in, out, aux);
-    out->resize(2);
     if (mxnet::shape_is_known(in->at(kGamma))) {
       const auto channels = static_cast<std::size_t>(in->at(kGamma)[0]);
       out->at(kStatistics) = VectorShape(LocalStatisticsSize(channels));
@@ -100,7 +100,6 @@ class BatchNormOpProperty : public BatchNormProperty<BatchNormOpProperty, BatchN
   bool InferType(std::vector<int>* in, std::vector<int>* out,
                  std::vector<int>* aux) const override {
     const bool known = BatchNormProperty::InferType(in, out, aux);
-    out->resize(2);
     out->at(kStatistics) = mshadow::kFloat64;
     return known;
   }
@@ -110,7 +109,7 @@ class BatchNormOpProperty : public BatchNormProperty<BatchNormOpProperty, BatchN
                                              const std::vector<int>& out_data) const override {
     std::vector<int> needed{out_grad[kOutput], in_data[kData], in_data[kGamma],
                             out_data[kStatistics]};
-    AddEpilogueDependency(in_data, out_data, &needed);
+    AddOptionalDependencies(in_data, out_data, &needed);
     return needed;
   }
 };
@@ -127,6 +126,9 @@ MXNET_REGISTER_OP_PROPERTY(_syncbn_batch_norm, BatchNormOpProperty)
     .add_argument("moving_mean", "NDArray-or-Symbol", "The moving mean.")
     .add_argument("moving_var", "NDArray-or-Symbol", "The moving variance (biased).")
     .add_argument("num_batches_tracked", "NDArray-or-Symbol", "With cumulative_average only.")
+    .add_argument("renorm_mean", "NDArray-or-Symbol", "With renorm only: the average mean.")
+    .add_argument("renorm_stddev", "NDArray-or-Symbol",
+                  "With renorm only: of sqrt(variance + eps).")
     .add_arguments(BatchNormParam::__FIELDS__());
 
 }  // namespace

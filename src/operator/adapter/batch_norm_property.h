@@ -2,7 +2,8 @@
 // their properties for MXNet, and the parameters of their kernels.
 //
 // Their first argument is data, then come others of their own, gamma, beta, and with `add` a
-// residual.  The first output is the result, and the auxiliary states are the moving statistics.
+// residual.  The first output is the result, with `renorm` the last (hidden) one is the correction
+// for backward, and the auxiliary states are the moving statistics and what `renorm` averages.
 #pragma once
 
 #include <string>
@@ -15,7 +16,7 @@
 
 namespace gluon_syncbn {
 
-// Auxiliary states; the last one exists with cumulative_average only.
+// Auxiliary states; the last one exists with cumulative_average only.  Those of `renorm` follow.
 enum MovingStatistics { kMovingMean, kMovingVar, kBatches };
 
 using Blobs = std::vector<mxnet::TBlob>;
@@ -35,6 +36,13 @@ struct BatchNormFields : public dmlc::Parameter<Self> {
   int activation;
   double slope;
   bool add;
+  bool renorm;
+  double renorm_momentum;
+  double renorm_rmin;
+  double renorm_rmax;
+  double renorm_dmax;
+
+  std::size_t FirstOfRenorm() const { return cumulative_average ? kBatches + 1 : kBatches; }
 
   Activation ToActivation() const {
     return {activation != kNoActivation, activation == kLeakyRelu ? slope : 0.0};
@@ -67,6 +75,20 @@ struct BatchNormFields : public dmlc::Parameter<Self> {
         "Of leaky_relu, for negative values.");
     DMLC_DECLARE_FIELD(add).set_default(false).describe(
         "Add one more argument, the residual, before the activation.");
+    DMLC_DECLARE_FIELD(renorm).set_default(false).describe(
+        "Batch renormalization, https://arxiv.org/abs/1702.03275, by two more auxiliary states.");
+    DMLC_DECLARE_FIELD(renorm_momentum)
+        .set_default(0.99)
+        .describe("With renorm: the weight of the old averages in the new ones.");
+    DMLC_DECLARE_FIELD(renorm_rmin)
+        .set_default(Renormalization::kNoLimit)
+        .describe("With renorm: the least r; -1 for no limit.");
+    DMLC_DECLARE_FIELD(renorm_rmax)
+        .set_default(Renormalization::kNoLimit)
+        .describe("With renorm: the greatest r; -1 for no limit.");
+    DMLC_DECLARE_FIELD(renorm_dmax)
+        .set_default(Renormalization::kNoLimit)
+        .describe("With renorm: the greatest d, and minus the least; -1 for no limit.");
   }
 };
 
@@ -95,6 +117,16 @@ NormalizeForwardParams ToForwardParams(const Param& param, std::size_t gamma, co
   if (param.add && p.activation.present && p.y_mode == WriteMode::kAdd) {
     Raise("SyncBatchNorm with add and an activation cannot add to its output (grad_req 'add').");
   }
+  if (param.renorm) {
+    const std::size_t first = param.FirstOfRenorm();
+    p.renorm = {param.renorm_momentum,
+                param.renorm_rmin,
+                param.renorm_rmax,
+                param.renorm_dmax,
+                aux[first].dptr_,
+                aux[first + 1].dptr_,
+                out_data.back().dptr<double>()};
+  }
   PreferHugePages(out_data[0]);
   return p;
 }
@@ -121,8 +153,9 @@ BackwardParams ToBackwardParams(const Param& param, std::size_t gamma, const Blo
   p.gamma_grad = in_grad[gamma].dptr_;
   p.beta_grad_mode = ToWriteMode(req[beta]);
   p.beta_grad = in_grad[beta].dptr_;
+  if (param.renorm) p.correction = out_data.back().dptr<double>();
   p.epilogue.activation = param.ToActivation();
-  if (p.epilogue.activation.present) {  // see AddEpilogueDependency
+  if (p.epilogue.activation.present) {  // see AddOptionalDependencies
     if (param.add) {
       p.epilogue.y = out_data[0].dptr_;
     } else {
@@ -142,13 +175,17 @@ template <typename Self, typename Param, std::size_t gamma>
 class BatchNormProperty : public ParameterizedProperty<Self, Param> {
  public:
   std::vector<std::string> ListAuxiliaryStates() const override {
-    if (!this->param_.cumulative_average) return {"moving_mean", "moving_var"};
-    return {"moving_mean", "moving_var", "num_batches_tracked"};
+    std::vector<std::string> states{"moving_mean", "moving_var"};
+    if (this->param_.cumulative_average) states.push_back("num_batches_tracked");
+    if (this->param_.renorm) states.insert(states.end(), {"renorm_mean", "renorm_stddev"});
+    return states;
   }
+
+  int NumVisibleOutputs() const override { return 1; }
 
   bool InferShape(mxnet::ShapeVector* in, mxnet::ShapeVector* out,
                   mxnet::ShapeVector* aux) const override {
-    out->resize(1);
+    out->resize(this->ListOutputs().size());
     aux->resize(ListAuxiliaryStates().size());
     mxnet::TShape& data = in->front();
     Unify(&data, &out->at(0), "data");
@@ -165,13 +202,20 @@ class BatchNormProperty : public ParameterizedProperty<Self, Param> {
       mxnet::TShape one(1, 1);
       Unify(&one, &aux->at(kBatches), "num_batches_tracked");
     }
+    if (this->param_.renorm) {
+      const std::size_t first = this->param_.FirstOfRenorm();
+      Unify(&per_channel, &aux->at(first), "renorm_mean");
+      Unify(&per_channel, &aux->at(first + 1), "renorm_stddev");
+      out->back() = VectorShape(CorrectionSize(static_cast<std::size_t>(channels)));
+    }
     return mxnet::shape_is_known(data);
   }
 
   bool InferType(std::vector<int>* in, std::vector<int>* out,
                  std::vector<int>* aux) const override {
-    out->resize(1, -1);
+    out->resize(this->ListOutputs().size(), -1);
     aux->resize(ListAuxiliaryStates().size(), -1);
+    if (this->param_.renorm) out->back() = mshadow::kFloat64;
     int& data = in->front();
     Unify(&data, &out->at(0), "data");
     if (data == -1) return false;
@@ -184,14 +228,25 @@ class BatchNormProperty : public ParameterizedProperty<Self, Param> {
     if (this->param_.cumulative_average) {
       Unify(&parameter, &aux->at(kBatches), "num_batches_tracked");
     }
+    if (this->param_.renorm) {
+      const std::size_t first = this->param_.FirstOfRenorm();
+      Unify(&parameter, &aux->at(first), "renorm_mean");
+      Unify(&parameter, &aux->at(first + 1), "renorm_stddev");
+    }
     return true;
   }
 
-  // What backward reads of what came after normalization.
-  void AddEpilogueDependency(const std::vector<int>& in_data, const std::vector<int>& out_data,
-                             std::vector<int>* dependency) const {
+  // What backward reads of renormalization and of what came after normalization.
+  void AddOptionalDependencies(const std::vector<int>& in_data, const std::vector<int>& out_data,
+                               std::vector<int>* dependency) const {
+    if (this->param_.renorm) dependency->push_back(out_data.back());
     if (!this->param_.ToActivation().present) return;
     dependency->push_back(this->param_.add ? out_data[0] : in_data[gamma + 1]);
+  }
+
+  std::vector<std::string> WithCorrection(std::vector<std::string> outputs) const {
+    if (this->param_.renorm) outputs.push_back("correction");
+    return outputs;
   }
 
   std::vector<std::string> WithResidual(std::vector<std::string> arguments) const {

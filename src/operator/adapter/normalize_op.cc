@@ -72,6 +72,7 @@ class NormalizeProperty : public BatchNormProperty<NormalizeProperty, NormalizeP
   std::vector<std::string> ListArguments() const override {
     return WithResidual({"data", "statistics", "backward_context", "gamma", "beta"});
   }
+  std::vector<std::string> ListOutputs() const override { return WithCorrection({"output"}); }
 
   bool InferShape(mxnet::ShapeVector* in, mxnet::ShapeVector* out,
                   mxnet::ShapeVector* aux) const override {
@@ -97,7 +98,7 @@ class NormalizeProperty : public BatchNormProperty<NormalizeProperty, NormalizeP
                                              const std::vector<int>& in_data,
                                              const std::vector<int>& out_data) const override {
     std::vector<int> needed{out_grad[0], in_data[kData], in_data[kGamma], in_data[kStatistics]};
-    AddEpilogueDependency(in_data, out_data, &needed);
+    AddOptionalDependencies(in_data, out_data, &needed);
     return needed;
   }
 };
@@ -117,6 +118,9 @@ MXNET_REGISTER_OP_PROPERTY(_syncbn_normalize, NormalizeProperty)
     .add_argument("moving_mean", "NDArray-or-Symbol", "The moving mean.")
     .add_argument("moving_var", "NDArray-or-Symbol", "The moving variance (biased).")
     .add_argument("num_batches_tracked", "NDArray-or-Symbol", "With cumulative_average only.")
+    .add_argument("renorm_mean", "NDArray-or-Symbol", "With renorm only: the average mean.")
+    .add_argument("renorm_stddev", "NDArray-or-Symbol",
+                  "With renorm only: of sqrt(variance + eps).")
     .add_arguments(NormalizeParam::__FIELDS__());
 
 }  // namespace

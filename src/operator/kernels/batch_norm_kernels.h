@@ -95,6 +95,27 @@ struct MomentsForwardParams {
   double* statistics;
 };
 
+// Batch renormalization (Ioffe, "Batch Renormalization", 2017, https://arxiv.org/abs/1702.03275,
+// algorithm 1): the normalized x is multiplied by r, and d is added, before gamma and beta;
+//   stddev = sqrt(variance + epsilon)
+//   r = stddev / renorm_stddev,           at least r_min and at most r_max
+//   d = (mean - renorm_mean) / renorm_stddev,    from -d_max to d_max
+// by averages over the batches before this one, which is then added to them:
+//   renorm = momentum * renorm + (1 - momentum) * batch
+// r and d are constants in backward.  As in TensorFlow, renorm_stddev counts as sqrt(epsilon) at
+// least.
+struct Renormalization {
+  double momentum = 1.0;
+  double r_min = kNoLimit, r_max = kNoLimit, d_max = kNoLimit;
+  void* mean = nullptr;  // null: no renormalization
+  void* stddev = nullptr;
+  double* correction = nullptr;  // gets [r d] of each channel, for backward; 1 and 0 where x is not
+                                 // normalized by the batch's statistics
+
+  static constexpr double kNoLimit = -1.0;
+};
+inline std::size_t CorrectionSize(std::size_t channels) { return 2 * channels; }
+
 // Step 2 of forward: y, from the statistics of all devices.
 //
 // Then the moving statistics are updated, unless they were used or no device had an element:
@@ -118,6 +139,7 @@ struct NormalizeForwardParams {
   void* batches = nullptr;
   Activation activation = {};
   const void* residual = nullptr;  // null: none
+  Renormalization renorm = {};
 };
 
 // What the backward kernels need to know of what came after normalization, and the gradient that
@@ -151,6 +173,7 @@ struct NormalizeBackwardParams {
   WriteMode beta_grad_mode;
   void* beta_grad;
   EpilogueBackward epilogue = {};
+  const double* correction = nullptr;  // from forward; null: there was no renormalization
 };
 
 // Step 2 of backward: dx, from the backward sums of all devices.
@@ -184,6 +207,7 @@ struct LocalBackwardParams {
   WriteMode beta_grad_mode;
   void* beta_grad;
   EpilogueBackward epilogue = {};
+  const double* correction = nullptr;
 };
 
 // The four kernels of a synchronized layer.  The statistics are exchanged between the two of

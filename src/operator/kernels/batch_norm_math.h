@@ -109,15 +109,49 @@ GLUON_SYNCBN_ON_ANY_DEVICE ChannelEntry<Acc> ToEntry(double mean, double scale, 
           static_cast<Acc>(factor)};
 }
 
-// z = (x - mean) * gamma * invstd + beta; the same bits in forward and where backward needs z
-// again.
+// What batch renormalization makes of the normalized x: x * r + d.
+struct Correction {
+  double r = 1.0, d = 0.0;
+};
+
+// Call before UpdateMovingStatistics, which changes the averages.
+template <typename Acc>
+GLUON_SYNCBN_ON_ANY_DEVICE Correction CorrectionOf(const NormalizeForwardParams& p,
+                                                   const StatisticsInUse<Acc>& statistics,
+                                                   std::size_t c) {
+  const Renormalization& renorm = p.renorm;
+  if (renorm.mean == nullptr || !statistics.AreOfBatch()) return {};
+  const auto limited = [](double limit) { return limit != Renormalization::kNoLimit; };
+  const double least = std::sqrt(p.epsilon), average = static_cast<const Acc*>(renorm.stddev)[c];
+  const double stddev = average < least ? least : average;
+  double r = std::sqrt(statistics.Variance(c) + p.epsilon) / stddev;
+  double d = (statistics.Mean(c) - static_cast<const Acc*>(renorm.mean)[c]) / stddev;
+  if (limited(renorm.r_min) && r < renorm.r_min) r = renorm.r_min;
+  if (limited(renorm.r_max) && r > renorm.r_max) r = renorm.r_max;
+  if (limited(renorm.d_max) && d > renorm.d_max) d = renorm.d_max;
+  if (limited(renorm.d_max) && d < -renorm.d_max) d = -renorm.d_max;
+  return {r, d};
+}
+
+// As it was in forward.
+template <typename Acc, typename BackwardParams>
+GLUON_SYNCBN_ON_ANY_DEVICE Correction CorrectionOf(const BackwardParams& p,
+                                                   const StatisticsInUse<Acc>&, std::size_t c) {
+  if (p.correction == nullptr) return {};
+  return {p.correction[2 * c], p.correction[2 * c + 1]};
+}
+
+// z = ((x - mean) * invstd * r + d) * gamma + beta; the same bits in forward and where backward
+// needs z again.
 template <typename Acc, typename Params>
 GLUON_SYNCBN_ON_ANY_DEVICE ChannelEntry<Acc> NormalizeEntry(const Params& p, const void* beta,
                                                             const StatisticsInUse<Acc>& statistics,
                                                             std::size_t c) {
   const double gamma = p.fix_gamma ? 1.0 : static_cast<double>(static_cast<const Acc*>(p.gamma)[c]);
-  return ToEntry<Acc>(statistics.Mean(c), gamma / std::sqrt(statistics.Variance(c) + p.epsilon),
-                      static_cast<const Acc*>(beta)[c], 0.0);
+  const Correction correction = CorrectionOf(p, statistics, c);
+  const double scale = gamma / std::sqrt(statistics.Variance(c) + p.epsilon);
+  return ToEntry<Acc>(statistics.Mean(c), scale * correction.r,
+                      static_cast<const Acc*>(beta)[c] + gamma * correction.d, 0.0);
 }
 
 // What has the sign of z, as an affine function of x, or of y where there is a residual; without an
@@ -147,21 +181,36 @@ GLUON_SYNCBN_ON_ANY_DEVICE void CountBatch(const NormalizeForwardParams& p) {
   if (p.batches != nullptr) *static_cast<Acc*>(p.batches) += 1;
 }
 
+template <typename Acc>
+GLUON_SYNCBN_ON_ANY_DEVICE void MoveTo(double batch, double momentum, void* average,
+                                       std::size_t c) {
+  if (momentum == 1) return;
+  Acc* to = static_cast<Acc*>(average) + c;
+  *to = static_cast<Acc>(momentum * *to + (1 - momentum) * batch);
+}
+
 // Call after NormalizeEntry, which may read the moving statistics.
 template <typename Acc>
 GLUON_SYNCBN_ON_ANY_DEVICE void UpdateMovingStatistics(const NormalizeForwardParams& p,
                                                        const StatisticsInUse<Acc>& statistics,
                                                        std::size_t c) {
+  if (p.renorm.mean != nullptr) {
+    const Correction correction = CorrectionOf(p, statistics, c);
+    p.renorm.correction[2 * c] = correction.r;
+    p.renorm.correction[2 * c + 1] = correction.d;
+  }
+  if (!statistics.AreOfBatch()) return;
+  const double mean = statistics.Mean(c), variance = statistics.Variance(c);
+  if (p.renorm.mean != nullptr) {
+    MoveTo<Acc>(mean, p.renorm.momentum, p.renorm.mean, c);
+    MoveTo<Acc>(std::sqrt(variance + p.epsilon), p.renorm.momentum, p.renorm.stddev, c);
+  }
   const double momentum = Momentum<Acc>(p);
-  if (!statistics.AreOfBatch() || momentum == 1) return;
-  const auto update = [&](void* moving, double batch) {
-    Acc* to = static_cast<Acc*>(moving) + c;
-    *to = static_cast<Acc>(momentum * *to + (1 - momentum) * batch);
-  };
-  update(p.moving_mean, statistics.Mean(c));
-  update(p.moving_var, statistics.Variance(c));
+  MoveTo<Acc>(mean, momentum, p.moving_mean, c);
+  MoveTo<Acc>(variance, momentum, p.moving_var, c);
 }
 
+// Of the gradients: gamma * invstd is multiplied by r.
 struct Scales {
   double invstd, gamma_invstd;
 };
@@ -169,16 +218,20 @@ template <typename Acc, typename BackwardParams>
 GLUON_SYNCBN_ON_ANY_DEVICE Scales ScalesOf(const BackwardParams& p,
                                            const StatisticsInUse<Acc>& statistics, std::size_t c) {
   const double invstd = 1.0 / std::sqrt(statistics.Variance(c) + p.epsilon);
-  return {invstd, p.fix_gamma ? invstd : invstd * static_cast<const Acc*>(p.gamma)[c]};
+  const double gamma_invstd = p.fix_gamma ? invstd : invstd * static_cast<const Acc*>(p.gamma)[c];
+  return {invstd, gamma_invstd * CorrectionOf(p, statistics, c).r};
 }
 
 // `sum_g` and `sum_g_xmu` are this device's sums of g and of g * (x - mean).
 template <typename Acc, typename BackwardParams>
 GLUON_SYNCBN_ON_ANY_DEVICE void StoreParameterGradients(const BackwardParams& p,
+                                                        const StatisticsInUse<Acc>& statistics,
                                                         const Scales& scales, std::size_t c,
                                                         double sum_g, double sum_g_xmu) {
-  Store(p.gamma_grad_mode, static_cast<Acc*>(p.gamma_grad) + c,
-        p.fix_gamma ? 0.0 : sum_g_xmu * scales.invstd);
+  const Correction correction = CorrectionOf(p, statistics, c);
+  double of_gamma = sum_g_xmu * scales.invstd * correction.r;
+  if (correction.d != 0) of_gamma += sum_g * correction.d;
+  Store(p.gamma_grad_mode, static_cast<Acc*>(p.gamma_grad) + c, p.fix_gamma ? 0.0 : of_gamma);
   Store(p.beta_grad_mode, static_cast<Acc*>(p.beta_grad) + c, sum_g);
 }
 
@@ -186,7 +239,7 @@ template <typename Acc>
 GLUON_SYNCBN_ON_ANY_DEVICE void FinishGradients(const LocalBackwardParams& p,
                                                 const StatisticsInUse<Acc>& statistics,
                                                 std::size_t c, double sum_g, double sum_g_xmu) {
-  StoreParameterGradients<Acc>(p, ScalesOf(p, statistics, c), c, sum_g, sum_g_xmu);
+  StoreParameterGradients(p, statistics, ScalesOf(p, statistics, c), c, sum_g, sum_g_xmu);
 }
 
 template <typename Acc>
@@ -194,7 +247,7 @@ GLUON_SYNCBN_ON_ANY_DEVICE void FinishGradients(const NormalizeBackwardParams& p
                                                 const StatisticsInUse<Acc>& statistics,
                                                 std::size_t c, double sum_g, double sum_g_xmu) {
   const Scales scales = ScalesOf(p, statistics, c);
-  StoreParameterGradients<Acc>(p, scales, c, sum_g, sum_g_xmu);
+  StoreParameterGradients(p, statistics, scales, c, sum_g, sum_g_xmu);
   const std::size_t channels = statistics.channels;
   const double per_element =
       statistics.AreOfBatch() ? scales.gamma_invstd / statistics.Count() : 0.0;

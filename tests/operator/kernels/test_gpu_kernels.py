@@ -157,6 +157,7 @@ def test_moving_statistics_write_modes_and_copies(kernels, dtype, shape, axis):
         checks.check_moving_statistics(kernels, dtype, shape, axis, local)
         checks.check_write_modes(kernels, dtype, shape, axis, local)
         checks.check_cumulative_average(kernels, dtype, shape, axis, local)
+        checks.check_renormalization(kernels, dtype, shape, axis, local)
         checks.check_step(kernels, dtype, shape, axis, local=local, fix_gamma=True)
     checks.check_without_statistics(kernels, dtype, shape, axis)
 

@@ -71,6 +71,10 @@ class ChannelBlocks {
   Pointer OfStatistics(Pointer statistics, std::size_t block) const {
     return statistics == nullptr ? nullptr : statistics + LocalStatisticsSize(first(block));
   }
+  template <typename Pointer>
+  Pointer OfCorrection(Pointer correction, std::size_t block) const {
+    return correction == nullptr ? nullptr : correction + CorrectionSize(first(block));
+  }
 
  private:
   static constexpr std::size_t kMinInner = 16;
@@ -99,6 +103,9 @@ void RunLocal(Cpu cpu, const NormalizeForwardParams& whole, double* statistics) 
     p.moving_var = blocks.OfParameter(whole.moving_var, i);
     p.y = blocks.OfFeatureMap(whole.y, i);
     p.residual = blocks.OfFeatureMap(whole.residual, i);
+    p.renorm.mean = blocks.OfParameter(whole.renorm.mean, i);
+    p.renorm.stddev = blocks.OfParameter(whole.renorm.stddev, i);
+    p.renorm.correction = blocks.OfCorrection(whole.renorm.correction, i);
     p.momentum = momentum;
     p.batches = nullptr;  // counted once, below
     double* const of_block = blocks.OfStatistics(statistics, i);
@@ -126,6 +133,7 @@ void RunLocal(Cpu cpu, const LocalBackwardParams& whole) {
     p.dx = blocks.OfFeatureMap(whole.dx, i);
     p.gamma_grad = blocks.OfParameter(whole.gamma_grad, i);
     p.beta_grad = blocks.OfParameter(whole.beta_grad, i);
+    p.correction = blocks.OfCorrection(whole.correction, i);
     p.epilogue.beta = blocks.OfParameter(whole.epilogue.beta, i);
     p.epilogue.y = blocks.OfFeatureMap(whole.epilogue.y, i);
     p.epilogue.residual_grad = blocks.OfFeatureMap(whole.epilogue.residual_grad, i);
@@ -152,7 +160,7 @@ void RunLocal(Cpu cpu, const LocalBackwardParams& whole) {
     Run(cpu, NormalizeBackwardParams{p.type, p.shape, p.epsilon, p.fix_gamma, p.dy, p.x,
                                      p.statistics, p.gamma, p.moving_mean, p.moving_var, place,
                                      sums.data(), context.data(), p.gamma_grad_mode, p.gamma_grad,
-                                     p.beta_grad_mode, p.beta_grad, p.epilogue});
+                                     p.beta_grad_mode, p.beta_grad, p.epilogue, p.correction});
     Run(cpu, MomentsBackwardParams{p.type, p.shape, g, p.x, sums.data(), context.data(), p.dx_mode,
                                    p.dx});
   });

@@ -315,7 +315,7 @@ void RunLocal(const Gpu& gpu, const LocalBackwardParams& p) {
   Run(gpu, NormalizeBackwardParams{p.type, p.shape, p.epsilon, p.fix_gamma, p.dy, p.x, p.statistics,
                                    p.gamma, p.moving_mean, p.moving_var, g, sums, context,
                                    p.gamma_grad_mode, p.gamma_grad, p.beta_grad_mode, p.beta_grad,
-                                   p.epilogue});
+                                   p.epilogue, p.correction});
   Run(gpu, MomentsBackwardParams{p.type, p.shape, g == nullptr ? p.dy : g, p.x, sums, context,
                                  p.dx_mode, p.dx});
 }
