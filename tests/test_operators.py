@@ -9,7 +9,11 @@ import mxnet as mx
 import numpy as np
 import pytest
 
-from gluon_syncbn.operators import local_batch_norm, synchronized_batch_norm
+from gluon_syncbn.operators import (
+    local_batch_norm,
+    moving_average_batch_norm,
+    synchronized_batch_norm,
+)
 
 OPTIONS = {"axis": -1, "eps": 0.5, "momentum": 0.25, "fix_gamma": True}
 NAMES = ("x", "gamma", "beta", "moving_mean", "moving_var")
@@ -58,6 +62,27 @@ def test_a_layer_without_an_all_reduce(use_global_stats):
     assert_has(node, axis="-1", momentum="0.25", use_global_stats=str(use_global_stats))
     assert sym.list_arguments() == list(NAMES[:3])
     assert sym.list_auxiliary_states() == list(NAMES[3:])
+
+
+@pytest.mark.parametrize("all_reduce", [None, ("k", 3, 7)])
+def test_moving_averages(all_reduce):
+    states = "running_var", "buffer_x2", "iters", "buffer_gz"
+    averages = {"buffer_size": 4, "warmup_iters": 5}
+    options = {"eps": 0.5, "momentum": 0.25, "fix_gamma": True}
+    variables = [mx.sym.var(name) for name in (*NAMES[:3], *states)]
+    sym = moving_average_batch_norm(
+        mx.sym, *variables[:3], tuple(variables[3:]), options, averages, 4, all_reduce
+    )
+    found = nodes(sym)
+    assert ("_syncbn_sum" in found) == (all_reduce is not None)
+    for name in ("_syncbn_mabn_moments", "_syncbn_mabn_normalize"):
+        assert_has(found[name], buffer_size="4", warmup_iters="5")
+    assert_has(found["_syncbn_mabn_moments"], ndim="4")
+    assert_has(found["_syncbn_mabn_normalize"], eps="0.5", momentum="0.25", fix_gamma="True")
+    if all_reduce:
+        assert_has(found["_syncbn_sum"], key="k", num_devices="3", call="7")
+    assert sym.list_arguments() == list(NAMES[:3])
+    assert sorted(sym.list_auxiliary_states()) == sorted(states)
 
 
 def test_both_compute_the_same_on_one_device(rng):

@@ -212,11 +212,11 @@ def test_with_an_activation(devices, add, activation, two, rng):
             self.fused, self.norm = fused, SyncBatchNorm(renorm=True, **options)
 
         def hybrid_forward(self, F, x):
-            residual = (F.sin(x),) if add else ()
+            residual = F.sin(x) if add else None
             if self.fused:
-                return self.norm(x, *residual)
+                return self.norm(x, add=residual)
             z = self.norm(x)
-            z = z + residual[0] if add else z
+            z = z + residual if add else z
             return F.relu(z) if activation == "relu" else F.LeakyReLU(z, slope=0.1)
 
     results = []

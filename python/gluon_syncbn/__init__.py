@@ -6,8 +6,10 @@ check_environment()
 
 # Only now: with another NumPy these fail in obscure ways, inside MXNet.
 from . import symbol  # noqa: E402
+from .centered_convolution import CenConv2d  # noqa: E402
 from .conversion import (  # noqa: E402
     ConversionError,
+    convert_mabn,
     convert_symbol,
     convert_sync_batchnorm,
     export_for_inference,
@@ -23,6 +25,7 @@ from .data_parallel import (  # noqa: E402
 from .dimensions import BatchNorm1d, BatchNorm2d, BatchNorm3d  # noqa: E402
 from .key_barrier import get_timeout, set_timeout  # noqa: E402
 from .key_barrier_sum import KeyBarrierSum  # noqa: E402
+from .moving_average import MABN2d  # noqa: E402
 from .startup import start  # noqa: E402
 from .sync_batch_norm import BatchNorm, SyncBatchNorm  # noqa: E402
 from .tensorflow import sync_batch_norm  # noqa: E402
@@ -36,12 +39,15 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "CenConv2d",
     "ConversionError",
     "DataParallelCriterion",
     "DataParallelModel",
     "KeyBarrierSum",
+    "MABN2d",
     "ModelDataParallel",
     "SyncBatchNorm",
+    "convert_mabn",
     "convert_symbol",
     "convert_sync_batchnorm",
     "export_for_inference",

@@ -21,6 +21,8 @@ OPERATORS = {
     "_syncbn_sum": ("_internal", "_syncbn_sum"),
     "_syncbn_normalize": ("_internal", "_syncbn_normalize"),
     "_syncbn_batch_norm": ("_internal", "_syncbn_batch_norm"),
+    "_syncbn_mabn_moments": ("_internal", "_syncbn_mabn_moments"),
+    "_syncbn_mabn_normalize": ("_internal", "_syncbn_mabn_normalize"),
 }
 
 # done(data, total, round, num_devices, error); see src/operator/library.cc

@@ -32,6 +32,11 @@ def internal(F: Any) -> Any:
     return F._internal
 
 
+def with_shape_of(F: Any, value: Any, other: Any) -> Any:
+    """Return ``value``, letting MXNet infer its shape and that of ``other`` from each other."""
+    return internal(F)._identity_with_attr_like_rhs(value, other)
+
+
 def make_operator_functions(operator: str, submodule: str, name: str) -> None:
     """Create ``mx.nd.submodule.name`` and ``mx.sym.submodule.name`` for a registered operator."""
     handle = OpHandle()
@@ -141,6 +146,14 @@ def is_batch_norm(block: Any) -> bool:
     return isinstance(block, nn.basic_layers._BatchNorm)
 
 
+def forget_parameter(block: Any, name: str) -> None:
+    """Take a parameter out of a block, if it has it."""
+    parameter = block._reg_params.pop(name, None)
+    if parameter is not None:
+        block.params._params.pop(parameter.name, None)
+        vars(block).pop(name, None)
+
+
 def has_static_shape(block: Any) -> bool:
     """Whether a block was hybridized with ``static_shape=True``."""
     return bool(dict(block._flags).get("static_shape"))
@@ -230,6 +243,19 @@ def set_gluon_steps(steps: GluonSteps) -> None:
 
 
 # --- autograd and random numbers
+
+
+def watch_backward(after: Callable[[], None]) -> None:
+    """Call a function after each backward pass that has been queued."""
+    run = _LIB.MXAutogradBackwardEx
+
+    def watched(*arguments):
+        status = run(*arguments)
+        if status == 0:
+            after()
+        return status
+
+    _LIB.MXAutogradBackwardEx = watched
 
 
 def is_recorded(array: Any) -> bool:

@@ -38,7 +38,7 @@ def either_kind(hybrid_forward):
                 f"{self.name} got a {type(x).__module__}.{type(x).__name__} under "
                 "mx.npx.set_np(), where layers take arrays of mx.np; give it x.as_np_ndarray()"
             )
-        args = [value.as_nd_ndarray() for value in args]
+        args = [value if value is None else value.as_nd_ndarray() for value in args]
         kwargs = {name: value.as_nd_ndarray() for name, value in kwargs.items()}
         return like(hybrid_forward(self, F, x.as_nd_ndarray(), *args, **kwargs), x)
 

@@ -47,6 +47,82 @@ def local_batch_norm(
     )
 
 
+def moving_average_batch_norm(
+    F: Any,
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    states: tuple,
+    options: dict,
+    averages: dict,
+    ndim: int,
+    all_reduce: tuple | None,
+) -> Any:
+    """Compose moving average batch normalization: moments, perhaps the all-reduce, normalization.
+
+    Parameters
+    ----------
+    states : tuple
+        ``running_var, buffer_x2, iters, buffer_gz``.
+    options, averages : dict
+        ``eps, momentum, fix_gamma`` and ``buffer_size, warmup_iters``.
+    ndim : int
+        The number of dimensions that ``x`` must have, or 0.
+    all_reduce : tuple or None
+        The key, ``num_devices``, which may be None, and ``call``; see `synchronized_batch_norm`.
+    """
+    running_var, buffer_x2, iters, buffer_gz = states
+    data, moments, backward_context = operator(F, "_syncbn_mabn_moments")(
+        x, buffer_gz, ndim=ndim, name="moments", **averages
+    )
+    if all_reduce is not None:
+        key, num_devices, call = all_reduce
+        moments = operator(F, "_syncbn_sum")(
+            moments, running_var, key=key, num_devices=num_devices or 0, call=call, name="sum"
+        )
+    return operator(F, "_syncbn_mabn_normalize")(
+        data,
+        moments,
+        backward_context,
+        gamma,
+        beta,
+        running_var,
+        buffer_x2,
+        iters,
+        name="fwd",
+        **options,
+        **averages,
+    )
+
+
+_OF_MOMENTS = "axis", "use_batch_stats", "spatial_dims"
+_OF_MOMENTS_ALONE = ("spatial_dims",)
+
+
+def _normalized(F, data, statistics, backward_context, parameters, options, name):
+    return operator(F, "_syncbn_normalize")(
+        data=data,
+        statistics=statistics,
+        backward_context=backward_context,
+        name=name,
+        **parameters,
+        **{k: value for k, value in options.items() if k not in _OF_MOMENTS_ALONE},
+    )
+
+
+def _moments(F, x, options, weights, name):
+    given = {name: options[name] for name in _OF_MOMENTS if name in options}
+    if weights is not None:
+        given.update(weights=F.BlockGrad(weights), weighted=True)
+    return operator(F, "_syncbn_moments")(data=x, name=name, **given)
+
+
+def weighted_batch_norm(F: Any, x: Any, parameters: dict, options: dict, weights: Any) -> Any:
+    """Compose a layer with weights without all-reduce: moments, normalization."""
+    data, moments, backward_context = _moments(F, x, options, weights, "moments")
+    return _normalized(F, data, moments, backward_context, parameters, options, "fwd")
+
+
 def synchronized_batch_norm(
     F: Any,
     x: Any,
@@ -56,19 +132,16 @@ def synchronized_batch_norm(
     num_devices: int | None,
     call: int,
     names: tuple = ("moments", "sum", "fwd"),
+    weights: Any = None,
     group_size: int | None = None,
 ) -> Any:
     """Compose a synchronized layer: moments, the all-reduce, normalization.
 
     ``options`` are those of :func:`local_batch_norm`.
-    ``num_devices`` may be None; ``call`` tells apart a key's uses in a graph; ``group_size`` is
-    noted in a graph, for the pass to read.
+    ``num_devices`` may be None; ``call`` tells apart a key's uses in a graph.  ``weights``: of
+    samples or positions, or None.  ``group_size`` is noted in a graph, for the pass to read.
     """
-    options = dict(options)
-    of_moments = {name: options[name] for name in ("axis", "use_batch_stats") if name in options}
-    if "spatial_dims" in options:
-        of_moments["spatial_dims"] = options.pop("spatial_dims")
-    data, moments, backward_context = operator(F, "_syncbn_moments")(x, name=names[0], **of_moments)
+    data, moments, backward_context = _moments(F, x, options, weights, names[0])
     # The sum neither reads nor writes the moving mean.  As an auxiliary state of it, it makes
     # MXNet's engine keep a layer's calls in order, and a pass is announced by writing it
     # (BeginPass).
@@ -81,14 +154,7 @@ def synchronized_batch_norm(
         name=names[1],
         **_attr(F, group_size),
     )
-    return operator(F, "_syncbn_normalize")(
-        data=data,
-        statistics=total,
-        backward_context=backward_context,
-        name=names[2],
-        **parameters,
-        **options,
-    )
+    return _normalized(F, data, total, backward_context, parameters, options, names[2])
 
 
 def _attr(F, group_size):

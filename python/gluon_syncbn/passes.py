@@ -24,8 +24,11 @@ from .library import LIBRARY, check
 # The all-reduce of a layer, or a KeyBarrierSum.  `num_devices`: None if the pass determines it.
 # `statistics`: the Parameters that training updates, the moving mean first; () for KeyBarrierSum.
 # `local`: the layer needs no all-reduce.  `group_size`: None if all devices are one group.
+# `late_statistics`: those that backward updates.
 Exchange = namedtuple(
-    "Exchange", "name key num_devices statistics local group_size", defaults=(None,)
+    "Exchange",
+    "name key num_devices statistics local group_size late_statistics",
+    defaults=(None, ()),
 )
 
 _thread = threading.local()
@@ -52,6 +55,7 @@ class Pass:
         self.devices = list(devices)
         self._net = weakref.ref(net)
         self._begun = []
+        self._late = []  # Parameters that backward updates
         self._groups = {}  # (size, first device) -> the group's number in the exchange
         self._lock = threading.Lock()  # around _groups and failure: devices begin at the same time
 
@@ -100,11 +104,18 @@ class Pass:
         In a group without any input, statistics stay as they are.
         """
         for exchange in self.exchanges:
-            for device in self.idle:
-                group = self._group_of(device, exchange.group_size)
-                source = next((d for d in group if d in self.present), None)
-                for parameter in exchange.statistics if source is not None else ():
-                    parameter.data(source).copyto(parameter.data(device))
+            self._copy_to_idle(exchange.statistics, exchange.group_size)
+
+    def sync_idle_devices_late(self):
+        """Copy the statistics that backward has updated to devices without input."""
+        self._copy_to_idle(self._late)
+
+    def _copy_to_idle(self, parameters, group_size=None):
+        for device in self.idle:
+            group = self._group_of(device, group_size)
+            source = next((d for d in group if d in self.present), None)
+            for parameter in parameters if source is not None else ():
+                parameter.data(source).copyto(parameter.data(device))
 
     def zero_idle_gradients(self):
         """Zero the gradients of devices without input."""
@@ -120,6 +131,7 @@ class Pass:
 
     def close(self):
         """Forget what was needed while the devices ran their forward parts."""
+        self._late = [p for e in self.exchanges for p in e.late_statistics] if self.idle else []
         self._begun = []
 
     def fail(self, why):

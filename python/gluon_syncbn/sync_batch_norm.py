@@ -4,6 +4,7 @@ All of it, on each of the devices; x is this device's shard, of shape (N, C, *),
 
     forward, in training
         mean, M2, n   = moments(x)                   # (C,), (C,), ()    M2 = sum((x - mean)**2)
+                        # with weights w: n = sum(w), mean = sum(w * x) / n, and so on
         mean, M2, n   = all_reduce(mean, M2, n)      # merged [1]: the same bits on all devices
         invstd        = 1 / sqrt(M2 / n + epsilon)   # (C,)         of the biased variance
         z             = gamma * (x - mean) * invstd + beta               # (N, C, *)
@@ -24,6 +25,7 @@ All of it, on each of the devices; x is this device's shard, of shape (N, C, *),
         dbeta, dgamma = s, t * invstd                    # (C,), (C,)   of this shard alone
         s, t          = all_reduce(s, t)
         dx            = gamma * invstd * (g - s / n - (x - mean) * invstd**2 * t / n)
+                        # with weights: w times what is subtracted from g
 
     inference
         z             = gamma * (x - moving_mean) / sqrt(moving_var + epsilon) + beta
@@ -54,7 +56,7 @@ from .keys import KEYS
 from .mxnet_private import settings
 from .networks import mark_changed
 from .numpy_arrays import either_kind
-from .operators import local_batch_norm, synchronized_batch_norm
+from .operators import local_batch_norm, synchronized_batch_norm, weighted_batch_norm
 from .passes import Exchange, begin
 
 _keys: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # layer -> its key
@@ -65,6 +67,14 @@ _OPTIONS = (
     *("axis", "eps", "momentum", "fix_gamma", "activation", "slope"),
     *("renorm", "renorm_momentum", "renorm_rmin", "renorm_rmax", "renorm_dmax"),
 )
+
+
+def key_of(layer: Any, name: str) -> str:
+    """Return the key of a layer's all-reduce: its name, made unique in this process."""
+    with _lock:
+        if layer not in _keys:
+            _keys[layer] = KEYS.of_layer(name)
+        return _keys[layer]
 
 
 def checked_num_devices(num_devices: Any) -> int | None:
@@ -226,10 +236,16 @@ default 'zeros' and 'ones'
 
     Notes
     -----
-    **Call.** ``layer(data, add=None)`` returns an array of the kind, shape and dtype of ``data``:
+    **Call.** ``layer(data, weights=None, add=None)`` returns an array of the kind, shape and dtype
+    of ``data``:
 
     - *data*, NDArray or Symbol of ``mx.nd`` or ``mx.np``, of shape ``(N, C, *)`` with ``axis=1``: 2
       or more dimensions; float16, float32 or float64.
+    - *weights*: how much each sample counts, of shape ``(N,)``, or each position, of the shape of
+      ``data`` without its channels, or with one: ``(N, *)`` or ``(N, 1, *)``; of the dtype of the
+      parameters.  For masked and padded batches: statistics are over what has a weight above 0, on
+      all devices.  Everything is normalized.  Weights have no gradient, and mean nothing where the
+      moving statistics are used.
     - *add*, of the same kind, shape and dtype: a residual, which is added before the activation, as
       at the end of a ResNet's block.
     - Parameters have shape ``(C,)`` and dtype float32, or float64 for float64 data.
@@ -454,10 +470,7 @@ default 'zeros' and 'ones'
     @property
     def key(self) -> str:
         """The key of the layer's all-reduce: its prefix, made unique in this process."""
-        with _lock:
-            if self not in _keys:
-                _keys[self] = KEYS.of_layer(self.prefix or self._alias())
-            return _keys[self]
+        return key_of(self, self.prefix or self._alias())
 
     @property
     def exchange(self) -> Exchange:
@@ -467,12 +480,26 @@ default 'zeros' and 'ones'
             self.name, self.key, self.num_devices, self.statistics, local, self.group_size
         )
 
-    def __call__(self, data: Any, add: Any = None) -> Any:
+    def __call__(self, data: Any, weights: Any = None, add: Any = None) -> Any:
         """Normalize an array; see the class."""
-        return super().__call__(data) if add is None else super().__call__(data, add)
+        if weights is None and add is None:
+            return super().__call__(data)
+        return super().__call__(data, weights, add)
 
     @either_kind
-    def hybrid_forward(self, F, x, add=None, *, gamma, beta, running_mean, running_var, **further):
+    def hybrid_forward(
+        self,
+        F,
+        x,
+        weights=None,
+        add=None,
+        *,
+        gamma,
+        beta,
+        running_mean,
+        running_var,
+        **further,
+    ):
         """Compose the operators of one call; see the module's first lines."""
         given = settings(self)
         options = {k: given[k] for k in _OPTIONS if k in given}
@@ -495,7 +522,11 @@ default 'zeros' and 'ones'
         inference = imperative and not autograd.is_training()
         num_devices, use_global_stats = given["num_devices"], given["use_global_stats"]
         group_size = given["group_size"]
+        if use_global_stats or (inference and given["track_running_stats"]):
+            weights = None  # the moving statistics are used
         if use_global_stats or 1 in (num_devices, group_size) or inference:
+            if weights is not None:
+                return weighted_batch_norm(F, x, parameters, options, weights)
             return local_batch_norm(
                 F, x, parameters, options, use_global_stats, group_size=group_size
             )
@@ -504,7 +535,9 @@ default 'zeros' and 'ones'
         # A graph may run a layer's several uses in any order, so each has a number.
         call = 0 if imperative else KEYS.next_call(self.key)
         return synchronized_batch_norm(
-            F, x, parameters, options, self.key, num_devices, call, group_size=group_size
+            *(F, x, parameters, options, self.key, num_devices, call),
+            weights=weights,
+            group_size=group_size,
         )
 
 

@@ -7,6 +7,7 @@ from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
 from gluon_syncbn import (
+    MABN2d,
     ModelDataParallel,
     SyncBatchNorm,
     convert_sync_batchnorm,
@@ -28,6 +29,21 @@ def test_keys_stay_apart():
         keys = [exchange.key for exchange in exchanges_of(block)]
         assert len(set(keys)) == 2 and keys[1] == keys[2]
     assert keys[0].startswith("k@1") and keys[1].startswith("k@2")
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, None])
+def test_moving_averages_in_blocks_and_in_graphs(num_devices):
+    layer = MABN2d(3, 2, 4, num_devices=num_devices, prefix="norm_")
+    layer.initialize()
+    graph = gluon.SymbolBlock(layer(mx.sym.var("x")), mx.sym.var("x"), layer.collect_params())
+    for block in (layer, graph):
+        (exchange,) = exchanges_of(block)
+        names = [p.name for p in exchange.statistics]
+        assert names == ["norm_running_var", "norm_buffer_x2", "norm_iters"]
+        assert [p.name for p in exchange.late_statistics] == ["norm_buffer_gz"]
+        assert exchange.local == (num_devices == 1)
+        # A layer by itself runs on any number of devices.
+        assert exchange.num_devices == (None if num_devices == 1 else num_devices)
 
 
 def test_two_copies_of_one_file_do_not_mix(two, rng, tmp_path):

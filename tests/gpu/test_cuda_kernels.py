@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs PyTorch with CUDA; it is not installed here")
 
 import gpu_kernels as checks  # noqa: E402
+import gpu_moving_average  # noqa: E402
 from torch_gpu import TorchDevice  # noqa: E402
 
 LIBRARY = pathlib.Path(__file__).parents[2] / "python" / "gluon_syncbn" / "libgluon_syncbn_cuda.so"
@@ -66,6 +67,12 @@ def test_moving_statistics_write_modes_and_two_devices(kernels, dtype, shape, ax
         checks.check_renormalization(kernels, dtype, shape, axis, local)
     checks.check_without_statistics(kernels, dtype, shape, axis)
     checks.check_two_devices(kernels, dtype, shape, axis)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 7, 7), (2, 300, 1, 2)])
+def test_moving_averages(kernels, dtype, shape):
+    gpu_moving_average.check_steps(kernels, dtype, shape)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

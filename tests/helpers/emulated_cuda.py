@@ -16,6 +16,7 @@ import sys
 from paths import OPERATOR, PACKAGE, TESTS
 
 SOURCES = TESTS / "cuda_emulation"
+KERNELS = ["kernels.cc", "moving_average_kernels.cc", "weighted_moments.cc"]
 FLAGS = "-std=c++17 -O2 -Wall -Wextra -Werror -Wno-unknown-pragmas -shared -fPIC -pthread".split()
 # A GPU does not forgive an access that is not aligned; a CPU would.
 FLAGS += "-fsanitize=undefined -fno-sanitize-recover=all".split()
@@ -40,7 +41,7 @@ def compile_library(path, sources, *options):
 def build_alone(folder):
     """One library with everything: to call our C functions without MXNet."""
     # Symbolic: in mxnet-cu112 there is a CUDA runtime already.
-    return compile_library(folder / "emulated.so", ["kernels.cc", "runtime.cc"], "-Wl,-Bsymbolic")
+    return compile_library(folder / "emulated.so", [*KERNELS, "runtime.cc"], "-Wl,-Bsymbolic")
 
 
 def main(folder):
@@ -53,7 +54,7 @@ def main(folder):
     shutil.rmtree(package, ignore_errors=True)
     ignore = shutil.ignore_patterns("libgluon_syncbn_cuda.so", "__pycache__")
     shutil.copytree(PACKAGE, package, ignore=ignore)
-    compile_library(package / "libgluon_syncbn_cuda.so", ["kernels.cc"], runtime)
+    compile_library(package / "libgluon_syncbn_cuda.so", KERNELS, runtime)
 
 
 if __name__ == "__main__":

@@ -130,6 +130,7 @@ LocalBackwardParams = structure(
     epilogue=EpilogueBackward,
     correction=POINTER,
 )
+PositionWeights = structure("PositionWeights", values=POINTER, outer_per_sample=SIZE)
 VALUES_READ = ctypes.CFUNCTYPE(None, POINTER, ctypes.POINTER(DOUBLE), SIZE, ctypes.c_char_p)
 
 
@@ -378,6 +379,47 @@ def check_epilogue(kernels, dtype, shape, axis, local, slope, residual, mode=WRI
     if residual:
         assert largest_error(dr.numpy()[sure], (g + earlier)[sure]) < tolerance
     assert largest_error(layer.beta_grad.numpy(), wanted.dbeta[0]) < 30 * tolerance
+
+
+def check_weights(kernels, dtype, shape, axis, per_sample, mode=WRITE):
+    """Weighted moments, and the gradient that goes through them, against NumPy in float64."""
+    rng = np.random.RandomState(0)
+    x, g, before = (rng.randn(*shape).astype(dtype) for _ in range(3))
+    form = feature_shape(shape, axis)
+    channels, array = shape[axis], kernels.device.array
+    acc_type = "float64" if dtype == "float64" else "float32"
+    positions = (
+        shape[:1] if per_sample else [n for i, n in enumerate(shape) if i != axis % len(shape)]
+    )
+    weights = (rng.rand(*positions) * (rng.rand(*positions) > 0.3)).astype(acc_type)
+    given = array(weights)
+    how = PositionWeights(given.pointer, form.outer // shape[0] if per_sample else 0)
+    xd, gd, dx = array(x), array(g), array(before)
+    statistics = array(np.full(2 * channels + 1, np.nan))
+    forward = MomentsForwardParams(TYPES[dtype], form, xd.pointer, None, True, statistics.pointer)
+    kernels.call("WeightedMomentsForward", ctypes.byref(forward), ctypes.byref(how))
+    flat = rows(x, axis)
+    if per_sample:
+        weights = np.broadcast_to(
+            weights.reshape([-1] + [1] * (len(shape) - 2)), np.delete(shape, axis % len(shape))
+        )
+    w = weights.astype("float64").reshape(-1, 1)
+    n = w.sum()
+    mean = (w * flat).sum(0) / n
+    m2 = (w * (flat - mean) ** 2).sum(0)
+    tolerance = TOLERANCE[dtype]
+    np.testing.assert_allclose(statistics.numpy(), [*mean, *m2, n], rtol=1e-9, atol=1e-9)
+    sums, context = array(rng.randn(2 * channels + 1)), array(rng.randn(2 * channels))
+    backward = MomentsBackwardParams(
+        TYPES[dtype], form, gd.pointer, xd.pointer, sums.pointer, context.pointer, mode, dx.pointer
+    )
+    kernels.call("WeightedMomentsBackward", ctypes.byref(backward), ctypes.byref(how))
+    c, b = sums.numpy()[:channels], sums.numpy()[channels : 2 * channels]
+    factor, about = np.split(context.numpy(), 2)
+    wanted = factor * rows(g, axis) + w * (b * (flat - about) + c)
+    if mode == ADD:
+        wanted = wanted + rows(before, axis)
+    assert largest_error(rows(dx.numpy(), axis), wanted) < 3 * tolerance
 
 
 def check_float64_far_from_zero(kernels, shape, axis, local, offset=1e6):

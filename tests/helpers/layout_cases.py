@@ -12,7 +12,7 @@ import numpy as np
 from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
-from gluon_syncbn import ModelDataParallel, SyncBatchNorm, parallel_backward
+from gluon_syncbn import MABN2d, ModelDataParallel, SyncBatchNorm, parallel_backward
 from gluon_syncbn.library import LIBRARY
 
 MODES = {
@@ -178,6 +178,8 @@ LAYERS = {
     "lone": lambda **options: SyncBatchNorm(num_devices=1, **options),
     "chain": SyncBatchNorm,
     "nn": nn.BatchNorm,
+    "averages": lambda: MABN2d(0, 2, 4, warmup_iters=0),
+    "averages, chain": lambda: MABN2d(0, 2, 4, warmup_iters=0, num_devices=None),
 }
 
 
@@ -242,6 +244,11 @@ def cases():
                 f"{name}, {layer}, {mode}, {grad_req}",
                 results(*prepared(name, layer, mode, grad_req)),
             )
+    averages = [layer for layer in LAYERS if layer.startswith("averages")]
+    for name, layer, mode in itertools.product(
+        ("convolutions", "odd channels", "residual"), averages, MODES
+    ):
+        yield f"{name}, {layer}, {mode}", results(*prepared(name, layer, mode))
     for mode in MODES:
         yield f"two contexts, {mode}", two_contexts(mode)
 

@@ -8,7 +8,15 @@ import pytest
 from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
-from gluon_syncbn import ModelDataParallel, SyncBatchNorm, convert_sync_batchnorm, parallel_backward
+from gluon_syncbn import (
+    CenConv2d,
+    MABN2d,
+    ModelDataParallel,
+    SyncBatchNorm,
+    convert_sync_batchnorm,
+    parallel_backward,
+)
+from held import held
 from networks import MODES, STATIC, convolutional, split
 
 
@@ -199,3 +207,39 @@ def test_networks_called_by_hand_in_several_threads_are_traced_once(two):
         for thread in threads:
             thread.join(60)
         assert not errors
+
+
+@pytest.mark.parametrize("reader", ["gluon", "executor"])
+def test_what_backward_updates_is_complete_when_it_is_read(reader, rng):
+    """With static_shape, MXNet does not tell its engine that backward writes auxiliary states."""
+    net = nn.HybridSequential()
+    net.add(CenConv2d(3, 1, in_channels=3), MABN2d(3, 2, 4))
+    net.initialize()
+    x = mx.nd.array(rng.randn(2, 3, 2, 2))
+    net.hybridize(**STATIC)
+    if reader == "executor":
+        executor = net(mx.sym.var("data")).simple_bind(mx.cpu(), data=x.shape)
+        parameters = {name: p.data() for name, p in net.collect_params().items()}
+        executor.copy_params_from(parameters, parameters, allow_extra_params=True)
+        buffer = executor.aux_dict[net[1].buffer_gz.name]
+    else:
+        buffer = net[1].buffer_gz.data()
+
+    def step(x):
+        if reader == "executor":
+            executor.forward(is_train=True, data=x)
+            executor.backward(mx.nd.ones(x.shape))
+            return
+        with autograd.record():
+            y = net(x)
+        y.backward()
+
+    step(x)
+    mx.nd.waitall()
+    assert not buffer.asnumpy()[0].any()
+    with held(x) as late:
+        step(late)
+        copy = buffer.copy()
+    mx.nd.waitall()
+    assert buffer.asnumpy().all(axis=1).any()
+    np.testing.assert_array_equal(copy.asnumpy(), buffer.asnumpy())

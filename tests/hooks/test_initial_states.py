@@ -32,6 +32,12 @@ def raw_options():
     )
 
 
+def raw_moving_average():
+    op = mx.sym._internal
+    data, moments, context = op._syncbn_mabn_moments(mx.sym.var("data"), buffer_size=2, name="m")
+    return op._syncbn_mabn_normalize(data, moments, context, buffer_size=2, name="norm")
+
+
 def without_marks():
     """As in a file that another program has written."""
     graph = Graph(mx.sym.BatchNorm(mx.sym.var("data"), name="norm"))
@@ -54,9 +60,19 @@ def without_marks():
         (raw, 2),
         (raw_alone, 2),
         (raw_options, 5),
+        (raw_moving_average, 4),
         (without_marks, 2),
     ],
-    ids=["function", "alone", "own-variables", "raw", "raw-alone", "options", "without-marks"],
+    ids=[
+        "function",
+        "alone",
+        "own-variables",
+        "raw",
+        "raw-alone",
+        "options",
+        "raw-moving-average",
+        "without-marks",
+    ],
 )
 def test_statistics_are_initialized(make, number):
     """Independently of the initializer of the weights, and of names."""

@@ -22,7 +22,12 @@ from gluon_syncbn.library import OPERATORS
 DTYPES = ("float16", "bfloat16")
 CASTS = {  # of the lists, those that cast to float32
     "float16": {"_contrib_KeyBarrierSum"},
-    "bfloat16": {"_contrib_KeyBarrierSum", "_syncbn_moments", "_syncbn_batch_norm"},
+    "bfloat16": {
+        "_contrib_KeyBarrierSum",
+        "_syncbn_moments",
+        "_syncbn_batch_norm",
+        "_syncbn_mabn_moments",
+    },
 }
 
 

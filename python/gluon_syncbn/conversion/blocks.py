@@ -12,6 +12,7 @@ from mxnet.gluon import Block, SymbolBlock, contrib, nn
 from mxnet.symbol import Symbol
 
 from ..dimensions import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from ..moving_average import MABN2d
 from ..mxnet_private import graph_of, is_batch_norm, settings
 from ..networks import (
     blocks_of,
@@ -27,6 +28,7 @@ from .graph import Graph
 from .rewriting import (
     NO_AVERAGE,
     NO_BATCH_STATISTICS,
+    NO_MOVING_AVERAGES,
     NO_RENORMALIZATION,
     ConversionError,
     make_plain,
@@ -62,7 +64,7 @@ def _apply(net, layers, graphs, change):
     forget_traces(net)
 
 
-def _check_registered(blocks):
+def check_registered(blocks):
     """Raise ConversionError for a layer in a plain list, which Gluon does not see."""
     known = {id(block) for block in blocks}
     for block in blocks:
@@ -126,10 +128,10 @@ def convert_sync_batchnorm(
     """
     if isinstance(net, Symbol):
         raise TypeError("net is a Symbol; use gluon_syncbn.convert_symbol")
-    blocks = _blocks_of(net)
+    blocks = all_blocks(net)
     num_devices = checked_num_devices(num_devices)
     group_size = checked_group_size(group_size, num_devices)
-    _check_registered(blocks)
+    check_registered(blocks)
     layers = []
     for block in blocks:
         if type(block) in (nn.BatchNorm, contrib.nn.SyncBatchNorm):
@@ -186,7 +188,8 @@ def revert_batchnorm(net: Any) -> Any:
         If ``net`` is neither.
     ConversionError
         A ValueError: if a layer is of a derived class or does what MXNet's cannot
-        (``momentum=None``, ``track_running_stats=False``, ``activation``, ``renorm``), or a
+        (``momentum=None``, ``track_running_stats=False``, ``activation``, ``renorm``,
+        :class:`MABN2d`), or a
         graph has an all-reduce that is not part of a batch normalization.  Then nothing has been
         converted.
 
@@ -201,7 +204,7 @@ in_channels=None)
         graph = Graph(net)
         make_plain(graph)
         return graph.symbol()
-    blocks = _blocks_of(net)
+    blocks = all_blocks(net)
     kinds = SyncBatchNorm, contrib.nn.SyncBatchNorm
     layers = [block for block in blocks if isinstance(block, kinds)]
     for layer in layers:
@@ -213,6 +216,9 @@ in_channels=None)
         missing = isinstance(layer, SyncBatchNorm) and _missing_in_mxnets(layer)
         if missing:
             raise ConversionError(f"{layer.name} cannot be converted: {missing}")
+    for block in blocks:
+        if isinstance(block, MABN2d):
+            raise ConversionError(f"{block.name} cannot be converted: {NO_MOVING_AVERAGES}")
     graphs = _graphs_of(blocks, make_plain)
 
     def change(layer):
@@ -244,7 +250,8 @@ def _forget_mxnets(layer):
         settings(layer).pop(name, None)
 
 
-def _blocks_of(net):
+def all_blocks(net):
+    """List the blocks of a network; raise TypeError if it is none."""
     net = unwrap(net)
     if not isinstance(net, Block):
         raise TypeError(f"net must be a Gluon Block, but is a {type(net).__name__}")

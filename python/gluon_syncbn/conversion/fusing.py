@@ -6,34 +6,11 @@ times; the fused operator does it once.  It computes the same: in float32, bit f
 
 from ..sync_batch_norm import checked_activation
 from .graph import Node
+from .operator_inputs import arguments_of, inputs_of
 
 NORMALIZATIONS = "_syncbn_normalize", "_syncbn_batch_norm"
-_LEADING = {
-    "_syncbn_normalize": ("data", "statistics", "backward_context", "gamma", "beta"),
-    "_syncbn_batch_norm": ("data", "gamma", "beta"),
-}
-_STATES = {  # the auxiliary states -> the option that they come with
-    "moving_mean": None,
-    "moving_var": None,
-    "num_batches_tracked": "cumulative_average",
-    "renorm_mean": "renorm",
-    "renorm_stddev": "renorm",
-}
 # On a fused node: what the normalization and the sum were called, the sum possibly "".
 _NAMES = "__fused_names__"
-
-
-def inputs_of(node):
-    """Map the arguments and auxiliary states of one of our normalizations to (node, output)."""
-    residual = ("residual",) if node.flag("add", False) else ()
-    states = [s for s, option in _STATES.items() if option is None or node.flag(option, False)]
-    return dict(zip((*_LEADING[node.op], *residual, *states), node.inputs))
-
-
-def states_of(node):
-    """List the auxiliary states of one of our normalizations as (node, output)."""
-    inputs = inputs_of(node)
-    return [inputs[name] for name in _STATES if name in inputs]
 
 
 def _activation_of(node):
@@ -81,7 +58,7 @@ def fuse(graph, gammas=None):
             sums.add(id(total))
             attrs["add"] = True
         attrs[_NAMES] = f"{node.name},{total.name if total else ''}"
-        first = len(_LEADING[node.op])
+        first = len(arguments_of(node))
         entries = [*node.inputs[:first], *([residual] if total else []), *node.inputs[first:]]
         new[last] = Node(node.op, last.name, attrs, entries)
     graph.replace(new)

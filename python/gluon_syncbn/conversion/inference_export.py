@@ -13,6 +13,7 @@ from ..mxnet_private import averaged, graph_of
 from ..networks import unwrap
 from .folding import fold as fold_graph
 from .graph import Graph, Node
+from .moving_average import to_batch_norm, write_centered_weights
 from .rewriting import ConversionError, make_plain
 
 _LOW = (np.float16, bfloat16)
@@ -92,7 +93,7 @@ def export_for_inference(
 ) -> tuple[str, str]:
     """Write a symbol and parameters that MXNet loads without this package.
 
-    Like ``net.export``, with a plain ``BatchNorm`` node for every synchronized batch normalization.
+    Like ``net.export``, with a plain ``BatchNorm`` node for every layer of this package.
 
     Parameters
     ----------
@@ -104,7 +105,8 @@ def export_for_inference(
     epoch : int, default 0
     fold : bool, default False
         Fold each batch normalization into the convolution or dense layer right before it, if there
-        is one and nothing else reads its output.  The rest stay ``BatchNorm`` nodes.
+        is one and nothing else reads its output.  The rest stay ``BatchNorm`` nodes.  A
+        :class:`CenConv2d` becomes a plain convolution, with the centred weight.
     remove_amp_cast : bool, default True
         As for ``net.export``: leave out the casts of ``mxnet.contrib.amp``; all parameters are then
         float32.  False keeps the casts and the dtypes of the parameters.
@@ -147,10 +149,12 @@ def export_for_inference(
     if not isinstance(net, HybridBlock):
         raise TypeError(f"net must be a HybridBlock, but is a {type(net).__name__}")
     graph, parameters = _exported(net, remove_amp_cast)
+    to_batch_norm(graph, parameters)
     make_plain(graph, inference=True)
     _check(graph, parameters)
     _write_ones(graph, parameters)
     if fold:
+        write_centered_weights(graph, parameters)
         fold_graph(graph, parameters)
     sym = graph.symbol()
     saved = {f"arg:{name}": parameters[name] for name in sym.list_arguments() if name in parameters}

@@ -8,8 +8,9 @@ from collections import Counter
 
 from ..keys import KEYS
 from ..operators import GROUP_SIZE, group_attributes
-from .fusing import inputs_of, split
+from .fusing import split
 from .graph import Node
+from .operator_inputs import inputs_of
 
 # The parameters that both kinds have, with MXNet's defaults, and with ours where they differ.
 _MXNET = {
@@ -20,7 +21,7 @@ _MXNET = {
     "axis": "1",
 }
 _OURS = {**_MXNET, "eps": "1e-05", "fix_gamma": "False"}
-_CONVERTIBLE = ("BatchNorm", "BatchNorm_v1", "_contrib_SyncBatchNorm")
+CONVERTIBLE = ("BatchNorm", "BatchNorm_v1", "_contrib_SyncBatchNorm")
 _INCONVERTIBLE = {
     "_contrib_BatchNormWithReLU": "it is fused with a relu; use BatchNorm and Activation",
 }
@@ -38,6 +39,10 @@ NO_BATCH_STATISTICS = (
     "with track_running_stats=False it normalizes by its batch in inference, which MXNet's "
     "BatchNorm cannot do; use net.export, whose files load where gluon_syncbn is imported"
 )
+NO_MOVING_AVERAGES = (
+    "plain MXNet has no moving average batch normalization; build the network anew with "
+    "nn.BatchNorm, or, for inference, use export_for_inference"
+)
 EXCHANGES = ("_syncbn_sum", "_contrib_KeyBarrierSum")
 
 
@@ -54,10 +59,10 @@ def _check(graph):
     for node in graph.nodes:
         if node.op in _INCONVERTIBLE:
             _cannot(node, _INCONVERTIBLE[node.op])
-        inside = node.operators_inside() & {*_CONVERTIBLE, *_INCONVERTIBLE, *EXCHANGES}
+        inside = node.operators_inside() & {*CONVERTIBLE, *_INCONVERTIBLE, *EXCHANGES}
         if inside:
             _cannot(node, f"its body contains {', '.join(sorted(inside))}; {_UNWRAP}")
-        if node.op in _CONVERTIBLE:
+        if node.op in CONVERTIBLE:
             if node.flag("output_mean_var", False):
                 _cannot(node, "its mean and variance are used as outputs, which ours does not have")
             if len(node.inputs) != 5:
@@ -78,7 +83,7 @@ def _plain_attrs(node):
 def synchronize(graph, num_devices=None, group_size=None):
     """Replace every batch normalization of a :class:`Graph` by ours; return how many there were."""
     _check(graph)
-    plain = [node for node in graph.nodes if node.op in _CONVERTIBLE]
+    plain = [node for node in graph.nodes if node.op in CONVERTIBLE]
     calls = Counter()  # a layer that is used twice has one name
     new = {}
     for node, key in zip(plain, KEYS.of_graph(node.name for node in plain)):
@@ -115,6 +120,8 @@ def make_plain(graph, inference=False):
     """
     new = {}
     for node in graph.nodes:
+        if node.op in ("_syncbn_mabn_normalize", "_syncbn_mabn_moments"):
+            _cannot(node, NO_MOVING_AVERAGES)
         if node.op == "BatchNorm":
             node.attrs = {**_options(node), **node.attrs}
         if node.op == "_contrib_SyncBatchNorm":

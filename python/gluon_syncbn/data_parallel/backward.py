@@ -91,13 +91,13 @@ def parallel_backward(
         backward(by_device[tasks[0][0]])
     else:
         device_threads.run(tasks, fail=fail)
-    _zero_idle_gradients_again(
-        recorded, {device: len(pairs) for device, pairs in by_device.items()}
-    )
+    _sync_idle_devices(recorded, {device: len(pairs) for device, pairs in by_device.items()})
 
 
-def _zero_idle_gradients_again(recorded, losses):
-    """Zero again what a pass with fewer inputs left zero, if another pass has written it since.
+def _sync_idle_devices(recorded, losses):
+    """Do for devices without input what backward has done for the others.
+
+    Their gradients are zeroed again, if another pass has written them since.
 
     Parameters
     ----------
@@ -110,6 +110,7 @@ def _zero_idle_gradients_again(recorded, losses):
             continue
         if losses.keys() == set(a_pass.present):
             a_pass.zero_idle_gradients()
+            a_pass.sync_idle_devices_late()
             passes.forget(a_pass)
         elif all(losses.get(c, 0) > losses.get(d, 0) for c in a_pass.present for d in a_pass.idle):
             passes.forget(a_pass)  # its losses ran backward with those of a pass on all devices

@@ -4,10 +4,11 @@ import weakref
 
 from mxnet.gluon import SymbolBlock
 
-from ..conversion.fusing import inputs_of, states_of
 from ..conversion.graph import Graph
+from ..conversion.operator_inputs import states_of
 from ..conversion.rewriting import EXCHANGES
 from ..keys import KEYS
+from ..moving_average import MABN2d
 from ..mxnet_private import graph_of
 from ..networks import blocks_of, set_graph
 from ..operators import group_size_of
@@ -43,12 +44,17 @@ def _read_graph(block):
     def statistics_of(node):
         return tuple(block.params[source.name] for source, _ in states_of(node))
 
-    statistics = {
-        inputs_of(node)["moving_mean"][0].name: statistics_of(node)
-        for node in graph.nodes
-        if node.op == "_syncbn_normalize"
-    }
-    found = []
+    found, statistics, late = [], {}, {}  # by the name of the first one
+    for node in graph.nodes:
+        if node.op in ("_syncbn_normalize", "_syncbn_mabn_normalize"):
+            (first, _), *_ = states_of(node)
+            name, moments = first.name, node.inputs[0][0]
+            statistics[name] = statistics_of(node)
+            if moments.op == "_syncbn_mabn_moments":
+                late[name] = statistics_of(moments)
+            if node.inputs[1][0] is moments:  # without an all-reduce
+                exchange = node.name, node.name, None, statistics[name], True
+                found.append(Exchange(*exchange, late_statistics=late.get(name, ())))
     for node in graph.nodes:
         if node.op == "_syncbn_batch_norm":
             group_size = group_size_of(node.attrs)
@@ -56,10 +62,15 @@ def _read_graph(block):
             moved = statistics_of(node)
             found.append(Exchange(node.name, node.name, count, moved, True, group_size))
         elif node.op in EXCHANGES:
-            moved = statistics[node.inputs[1][0].name] if node.op == "_syncbn_sum" else ()
             count = int(node.attrs.get("num_devices", 0)) or None
-            group_size = group_size_of(node.attrs)
-            found.append(Exchange(node.name, node.attrs["key"], count, moved, False, group_size))
+            name = node.inputs[1][0].name if node.op == "_syncbn_sum" else None
+            moved, group_size = statistics.get(name, ()), group_size_of(node.attrs)
+            found.append(
+                Exchange(
+                    *(node.name, node.attrs["key"], count, moved, False, group_size),
+                    late_statistics=late.get(name, ()),
+                )
+            )
     return found
 
 
@@ -67,7 +78,7 @@ def exchanges_of(net):
     """List the all-reduces of a block and of everything below it, shared layers once."""
     found = []
     for block in blocks_of(net):
-        if isinstance(block, SyncBatchNorm):
+        if isinstance(block, (SyncBatchNorm, MABN2d)):
             found.append(block.exchange)
         elif isinstance(block, SymbolBlock):
             graph = graph_of(block)

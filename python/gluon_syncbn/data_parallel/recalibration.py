@@ -23,8 +23,9 @@ from mxnet.context import num_gpus
 from mxnet.gluon import Block, SymbolBlock
 
 from ..conversion.estimation_mode import estimation_mode
-from ..conversion.fusing import NORMALIZATIONS, states_of
+from ..conversion.fusing import NORMALIZATIONS
 from ..conversion.graph import Graph
+from ..conversion.operator_inputs import states_of
 from ..mxnet_private import contexts_of, graph_of, has_data, settings
 from ..networks import blocks_of
 from ..sync_batch_norm import SyncBatchNorm

@@ -16,8 +16,9 @@ one device's later layers could hold what another's earlier layers wait for.  So
 all-reduces, its executor on a CPU is bound and run in its device's own thread (device_threads.py).
 
 Order.  An executor does not tell the engine that it writes auxiliary states, and has one
-is-training flag for all its runs.  So a fence after a training pass makes every reader of the
-statistics wait for it, and a pass of the other kind waits for the one before.
+is-training flag for all its runs.  So a fence after a training pass (and after backward, where that
+updates states) makes every reader of the statistics wait for it, and a pass of the other kind waits
+for the one before.
 """
 
 import contextlib
@@ -93,6 +94,7 @@ class _Executor(Executor):
     _run = None  # runs a function: right here, or in the device's thread
     _grouped = None  # the name of a layer that is synchronized over groups
     _training = None  # the last forward
+    _updates_late = False  # whether backward updates auxiliary states
 
     def forward(self, is_train=False, **kwargs):
         training = bool(is_train)
@@ -111,19 +113,22 @@ class _Executor(Executor):
         return outputs
 
     def backward(self, out_grads=None, is_train=True):
-        return self._run(lambda: Executor.backward(self, out_grads, is_train))
+        self._run(lambda: Executor.backward(self, out_grads, is_train))
+        if self._updates_late:
+            gradients = [g for g in self.grad_arrays if g is not None]
+            check(LIBRARY.Fence(*handles(gradients), *handles(self.aux_arrays)))
 
     def reshape(self, partial_shaping=False, allow_up_sizing=False, **kwargs):
         def bind():
             with _mirroring_off():
                 return Executor.reshape(self, partial_shaping, allow_up_sizing, **kwargs)
 
-        return _adopt(self._run(bind), self._run, self._grouped)
+        return _adopt(self._run(bind), self._run, self._grouped, self._updates_late)
 
 
-def _adopt(executor, run, grouped):
+def _adopt(executor, run, grouped, updates_late):
     executor.__class__ = _Executor
-    executor._run, executor._grouped = run, grouped
+    executor._run, executor._grouped, executor._updates_late = run, grouped, updates_late
     return executor
 
 
@@ -154,7 +159,8 @@ def _adapted(bind):
             with _mirroring_off():
                 return bind(symbol, ctx, *args, **kwargs)
 
-        return _adopt(run(bind_it), run, _grouped_in(graph))
+        late = '"_syncbn_mabn_moments"' in content
+        return _adopt(run(bind_it), run, _grouped_in(graph), late)
 
     return bind_ours
 

@@ -5,8 +5,8 @@ neither is safe in several threads.  When a device's thread needs it, the thread
 ModelDataParallel does it, as on one device: in the same order, from the same random state.
 
 Before a traced graph runs, the pass is announced to its all-reduces.  After a graph with
-``static_shape`` has run, the engine is told that it wrote statistics: MXNet does not tell it, so
-they could be read or saved before they are written.
+``static_shape`` has run, forward or backward, the engine is told that it wrote statistics: MXNet
+does not tell it, so they could be read or saved before they are written.
 """
 
 import copy
@@ -27,6 +27,7 @@ from ..sync_batch_norm import SyncBatchNorm
 _MXNETS = mxnet_private.gluon_steps()
 
 _traces: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # HybridBlock -> its _Trace
+_updating_late: weakref.WeakSet = weakref.WeakSet()  # _Traces whose backward updates statistics
 
 
 class _Trace:
@@ -42,6 +43,9 @@ class _Trace:
         self.exchanges = exchanges_of(block)
         self.has_static_shape = mxnet_private.has_static_shape(block)
         self._runs = {}  # Context -> (whether the last run was in training, what it writes last)
+        late = {id(p): p for e in self.exchanges for p in e.late_statistics}
+        self._late, self._recorded = list(late.values()), set()
+        self._learned = [p for p in block.collect_params().values() if p.grad_req != "null"]
 
     def before(self, where):
         """Before a run on a device."""
@@ -63,6 +67,25 @@ class _Trace:
         written = [last, *(p.data(where) for p in statistics.values())]
         check(LIBRARY.Fence(*passes.handles(list(arrays_in(outputs))), *passes.handles(written)))
         self._runs[where] = autograd.is_training(), last
+        if self._late and autograd.is_recording():
+            self._recorded.add(where)
+            _updating_late.add(self)
+
+    def after_backward(self):
+        """After a backward pass, which need not be complete, or be one of this graph.
+
+        A layer updates statistics when it computes the gradient of its input, which that of a
+        parameter before it depends on.
+        """
+        for where in list(self._recorded):
+            gradients = [p.grad(where) for p in self._learned if mxnet_private.has_data(p)]
+            written = [p.data(where) for p in self._late]
+            check(LIBRARY.Fence(*passes.handles(gradients), *passes.handles(written)))
+
+
+def _after_backward():
+    for trace in list(_updating_late):
+        trace.after_backward()
 
 
 def _traced(block, args):
@@ -136,6 +159,7 @@ def _initialize_at_once(parameter):
 
 def install() -> None:
     """Take part from now on."""
+    mxnet_private.watch_backward(_after_backward)
     mxnet_private.set_gluon_steps(
         mxnet_private.GluonSteps(_get_symbol, _build, _run_graph, _infer_shape, _initialize)
     )

@@ -18,6 +18,8 @@ _STATES = {
     "_syncbn_sum": ("zero",),
     "_syncbn_normalize": ("zero", "one"),
     "_syncbn_batch_norm": ("zero", "one"),
+    "_syncbn_mabn_moments": ("zero",),
+    "_syncbn_mabn_normalize": ("one", "zero", "zero"),
 }
 
 

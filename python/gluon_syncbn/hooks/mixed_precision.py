@@ -4,8 +4,9 @@
 according to them.  In float16 a layer is left alone: its data are float16 or float32, its
 parameters float32, its sums float64.  There are no kernels for bfloat16, so there the data of a
 layer are cast to float32, as MXNet does for its own SyncBatchNorm.  What comes after
-``_syncbn_moments`` is then float32 and must not be cast: MXNet's MKL-DNN fails to pass float64
-through a cast.  KeyBarrierSum takes no 16-bit data: a sum may overflow where its parts do not.
+``_syncbn_moments`` (or ``_syncbn_mabn_moments``) is then float32 and must not be cast: MXNet's
+MKL-DNN fails to pass float64 through a cast.  KeyBarrierSum takes no 16-bit data: a sum may
+overflow where its parts do not.
 """
 
 from mxnet.contrib.amp import lists
@@ -19,12 +20,19 @@ _FLOAT16 = {
         "_syncbn_sum",
         "_syncbn_normalize",
         "_syncbn_batch_norm",
+        "_syncbn_mabn_moments",
+        "_syncbn_mabn_normalize",
     ),
     "FP32_FUNCS": ("_contrib_KeyBarrierSum",),
 }
 _BFLOAT16 = {
-    "BF16_FP32_FUNCS": ("_syncbn_sum", "_syncbn_normalize"),
-    "FP32_FUNCS": ("_contrib_KeyBarrierSum", "_syncbn_moments", "_syncbn_batch_norm"),
+    "BF16_FP32_FUNCS": ("_syncbn_sum", "_syncbn_normalize", "_syncbn_mabn_normalize"),
+    "FP32_FUNCS": (
+        "_contrib_KeyBarrierSum",
+        "_syncbn_moments",
+        "_syncbn_batch_norm",
+        "_syncbn_mabn_moments",
+    ),
 }
 
 

@@ -87,11 +87,28 @@ void Run(const Gpu& gpu, const NormalizeBackwardParams& params) {
 void Run(const Gpu& gpu, const MomentsBackwardParams& params) {
   CALL_CUDA(MomentsBackward, &gpu, &params);
 }
+void RunWeighted(const Gpu& gpu, const MomentsForwardParams& params,
+                 const PositionWeights& weights) {
+  CALL_CUDA(WeightedMomentsForward, &gpu, &params, &weights);
+}
+void RunWeighted(const Gpu& gpu, const MomentsBackwardParams& params,
+                 const PositionWeights& weights) {
+  CALL_CUDA(WeightedMomentsBackward, &gpu, &params, &weights);
+}
 void RunLocal(const Gpu& gpu, const NormalizeForwardParams& params, double* statistics) {
   CALL_CUDA(LocalForward, &gpu, &params, statistics);
 }
 void RunLocal(const Gpu& gpu, const LocalBackwardParams& params) {
   CALL_CUDA(LocalBackward, &gpu, &params);
+}
+void Run(const Gpu& gpu, const MovingAverageForwardParams& params) {
+  CALL_CUDA(MovingAverageForward, &gpu, &params);
+}
+void Run(const Gpu& gpu, const MovingAverageSumsParams& params) {
+  CALL_CUDA(MovingAverageSums, &gpu, &params);
+}
+void Run(const Gpu& gpu, const MovingAverageBackwardParams& params) {
+  CALL_CUDA(MovingAverageBackward, &gpu, &params);
 }
 
 void ReadValues(int device, DataType type, const void* from, std::size_t count, ValuesRead done) {

@@ -163,9 +163,13 @@ void Register() {
       Ours<forward, 0>("_syncbn_moments"),
       Ours<forward, 0>("_syncbn_normalize"),
       Ours<forward, 0>("_syncbn_batch_norm"),
+      Ours<forward, 0>("_syncbn_mabn_moments"),
+      Ours<forward, 0>("_syncbn_mabn_normalize"),
       Ours<backward, 3>("_backward__syncbn_moments"),
       Ours<backward, 1>("_backward__syncbn_normalize"),
       Ours<backward, 1>("_backward__syncbn_batch_norm"),
+      Ours<backward, 3>("_backward__syncbn_mabn_moments"),
+      Ours<backward, 1>("_backward__syncbn_mabn_normalize"),
   };
   // It says that the operator takes such maps, and no more; forward and backward have the same.
   const mxnet::FInferStorageType storage_type = StorageTypeOf("LRN");

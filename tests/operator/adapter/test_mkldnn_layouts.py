@@ -103,6 +103,12 @@ def test_no_reorder_that_batch_norm_would_not_have(name, layer, devices, mode, t
     assert not reorders(name, layer, mode, devices, train) - allowed
 
 
+def test_moving_averages_take_the_layouts():
+    case = "static", 1, "training"
+    allowed = reorders("convolutions", "nn", *case)
+    assert not reorders("convolutions", "averages", *case) - allowed
+
+
 def test_without_the_layouts_there_are_more_reorders():
     case = "convolutions", "lone", "static", 1, "training"
     with_layouts, without = reorders(*case), reorders(*case, **{SWITCH: "0"})

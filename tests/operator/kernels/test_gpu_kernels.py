@@ -13,6 +13,7 @@ import pytest
 
 import emulated_cuda
 import gpu_kernels as checks
+import gpu_moving_average
 
 DTYPES = ["float16", "float32", "float64"]
 # Planes and rows with and without whole accesses, few channels and many.
@@ -162,6 +163,14 @@ def test_moving_statistics_write_modes_and_copies(kernels, dtype, shape, axis):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_weights(kernels, dtype, per_sample):
+    for shape, axis in (((5, 3, 7, 6), 1), ((5, 4, 6, 3), -1), ((300, 6), 1)):
+        for mode in (checks.WRITE, checks.ADD):
+            checks.check_weights(kernels, dtype, shape, axis, per_sample, mode)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize(
     "slope, residual", [(0.0, False), (0.25, False), (0.0, True), (None, True)]
@@ -182,6 +191,12 @@ def test_two_devices(kernels, dtype, shape, axis):
 @pytest.mark.parametrize("shape, axis", [((0, 3), 1), ((0, 8, 4, 4), 1), ((2, 8, 0), 1)])
 def test_no_elements(kernels, dtype, shape, axis):
     checks.check_no_elements(kernels, dtype, shape, axis)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 7, 7), (2, 300, 1, 2)])
+def test_moving_averages(kernels, dtype, shape):
+    gpu_moving_average.check_steps(kernels, dtype, shape)
 
 
 def test_on_a_device_that_is_not_the_current_one(library):

@@ -14,6 +14,7 @@
 #include "kernels/batch_norm_kernels.h"
 #include "kernels/batch_norm_math.h"
 #include "kernels/cuda/elementwise.cuh"
+#include "kernels/cuda/per_channel.cuh"
 #include "kernels/cuda/reduction.cuh"
 #include "kernels/cuda/runtime.cuh"
 
@@ -93,8 +94,6 @@ __global__ void __launch_bounds__(kThreads)
   if (sums.is_owner) FinishGradients(p, statistics, c, sums.first, sums.second);
 }
 
-__device__ inline int64_t ThisChannel() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
-
 __global__ void __launch_bounds__(kThreads) SetNoStatistics(int64_t channels, double* statistics) {
   const int64_t c = ThisChannel();
   if (c >= channels) return;
@@ -140,26 +139,6 @@ __global__ void __launch_bounds__(kThreads)
     SetCombine(MomentsBackwardParams p, ChannelEntry<Acc>* table) {
   const int64_t c = ThisChannel();
   if (c < static_cast<int64_t>(p.shape.channels)) table[c] = CombineEntry<Acc>(p, c);
-}
-
-template <typename... Parameters, typename... Arguments>
-void PerChannel(const Gpu& gpu, int64_t channels, void (*kernel)(Parameters...),
-                const Arguments&... arguments) {
-  Launch(gpu, kernel, dim3(static_cast<unsigned>(CeilDiv(channels, kThreads))), dim3(kThreads),
-         arguments...);
-}
-
-Extent ToExtent(const FeatureShape& s) {
-  return {static_cast<int64_t>(s.outer), static_cast<int64_t>(s.channels),
-          static_cast<int64_t>(s.inner)};
-}
-
-// Does nothing if `to` is null or the array itself.
-template <typename T>
-void Copy(const Gpu& gpu, const Extent& extent, const void* from, void* to) {
-  if (extent.size() == 0 || to == nullptr || to == from) return;
-  Check(cudaMemcpyAsync(to, from, extent.size() * sizeof(T), cudaMemcpyDeviceToDevice,
-                        ToStream(gpu)));
 }
 
 template <typename T>

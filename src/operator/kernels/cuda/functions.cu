@@ -23,6 +23,7 @@ const char* Guarded(Function function) {
 
 using gluon_syncbn::Run;
 using gluon_syncbn::RunLocal;
+using gluon_syncbn::RunWeighted;
 
 GLUON_SYNCBN_CUDA(MomentsForward, const gluon_syncbn::Gpu* gpu,
                   const gluon_syncbn::MomentsForwardParams* params) {
@@ -44,6 +45,18 @@ GLUON_SYNCBN_CUDA(MomentsBackward, const gluon_syncbn::Gpu* gpu,
   return Guarded([=] { Run(*gpu, *params); });
 }
 
+GLUON_SYNCBN_CUDA(WeightedMomentsForward, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::MomentsForwardParams* params,
+                  const gluon_syncbn::PositionWeights* weights) {
+  return Guarded([=] { RunWeighted(*gpu, *params, *weights); });
+}
+
+GLUON_SYNCBN_CUDA(WeightedMomentsBackward, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::MomentsBackwardParams* params,
+                  const gluon_syncbn::PositionWeights* weights) {
+  return Guarded([=] { RunWeighted(*gpu, *params, *weights); });
+}
+
 GLUON_SYNCBN_CUDA(LocalForward, const gluon_syncbn::Gpu* gpu,
                   const gluon_syncbn::NormalizeForwardParams* params, double* statistics) {
   return Guarded([=] { RunLocal(*gpu, *params, statistics); });
@@ -52,6 +65,21 @@ GLUON_SYNCBN_CUDA(LocalForward, const gluon_syncbn::Gpu* gpu,
 GLUON_SYNCBN_CUDA(LocalBackward, const gluon_syncbn::Gpu* gpu,
                   const gluon_syncbn::LocalBackwardParams* params) {
   return Guarded([=] { RunLocal(*gpu, *params); });
+}
+
+GLUON_SYNCBN_CUDA(MovingAverageForward, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::MovingAverageForwardParams* params) {
+  return Guarded([=] { Run(*gpu, *params); });
+}
+
+GLUON_SYNCBN_CUDA(MovingAverageSums, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::MovingAverageSumsParams* params) {
+  return Guarded([=] { Run(*gpu, *params); });
+}
+
+GLUON_SYNCBN_CUDA(MovingAverageBackward, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::MovingAverageBackwardParams* params) {
+  return Guarded([=] { Run(*gpu, *params); });
 }
 
 GLUON_SYNCBN_CUDA(ReadValues, int device, gluon_syncbn::DataType type, const void* from,

@@ -8,6 +8,8 @@
 #include <cstddef>
 
 #include "kernels/batch_norm_kernels.h"
+#include "kernels/moving_average_kernels.h"
+#include "kernels/weighted_moments.h"
 
 #define GLUON_SYNCBN_CUDA(name, ...) \
   extern "C" __attribute__((visibility("default"))) const char* GluonSyncBNCuda##name(__VA_ARGS__)
@@ -21,10 +23,24 @@ GLUON_SYNCBN_CUDA(NormalizeBackward, const gluon_syncbn::Gpu* gpu,
                   const gluon_syncbn::NormalizeBackwardParams* params);
 GLUON_SYNCBN_CUDA(MomentsBackward, const gluon_syncbn::Gpu* gpu,
                   const gluon_syncbn::MomentsBackwardParams* params);
+GLUON_SYNCBN_CUDA(WeightedMomentsForward, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::MomentsForwardParams* params,
+                  const gluon_syncbn::PositionWeights* weights);
+GLUON_SYNCBN_CUDA(WeightedMomentsBackward, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::MomentsBackwardParams* params,
+                  const gluon_syncbn::PositionWeights* weights);
 GLUON_SYNCBN_CUDA(LocalForward, const gluon_syncbn::Gpu* gpu,
                   const gluon_syncbn::NormalizeForwardParams* params, double* statistics);
 GLUON_SYNCBN_CUDA(LocalBackward, const gluon_syncbn::Gpu* gpu,
                   const gluon_syncbn::LocalBackwardParams* params);
+
+// Run of moving_average_kernels.h.
+GLUON_SYNCBN_CUDA(MovingAverageForward, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::MovingAverageForwardParams* params);
+GLUON_SYNCBN_CUDA(MovingAverageSums, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::MovingAverageSumsParams* params);
+GLUON_SYNCBN_CUDA(MovingAverageBackward, const gluon_syncbn::Gpu* gpu,
+                  const gluon_syncbn::MovingAverageBackwardParams* params);
 
 // Copies `count` numbers, float32 or float64, to the host and converts them to float64.  The copy
 // is queued on a stream of the calling thread's own, and the function returns at once.  `from` must
