@@ -6,6 +6,7 @@ import pytest
 from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
+import fresh_process
 from gluon_syncbn import (
     ConversionError,
     ModelDataParallel,
@@ -259,6 +260,42 @@ def test_limits_can_be_set_while_it_trains(in_a_model, hybridize, two, rng):
         assert largest_error(joined([p.grad for p in parts]), wanted[1]) < 1e-4
 
 
+@pytest.mark.parametrize("num_devices", [1, None])
+@pytest.mark.parametrize("hybridize", [None, {"static_alloc": True}])
+def test_after_a_convolution(hybridize, num_devices, two, rng):
+    """Whose maps are in a layout of MKL-DNN's."""
+    contexts = two[:1] if num_devices == 1 else two
+    layers = nn.Conv2D(16, 3, in_channels=3), SyncBatchNorm(renorm=True, num_devices=num_devices)
+    net = initialized(layers, contexts, hybridize)
+    model, reference = ModelDataParallel(net, contexts), Reference(16)
+    for step in range(3):
+        x = data(rng, step, (4, 3, 6, 6))
+        maps = layers[0](mx.nd.array(x, ctx=contexts[0])).asnumpy()
+        wanted = reference.step(maps, np.cos(maps))
+        _, (outs,) = run(model, contexts, [x])
+        parallel_backward(outs, split(np.cos(maps), contexts))
+        assert largest_error(joined(outs), wanted[0]) < 1e-4
+        gradient = sum(layers[1].gamma.grad(c).asnumpy() for c in contexts)
+        assert largest_error(gradient, wanted[2]) < 1e-4
+        check_averages(layers[1], reference, contexts, 1e-4)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_weights_count_like_repetitions(devices, two, rng):
+    contexts, weights = two[:devices], np.array([1, 2, 1, 0, 2, 1], "float32")
+    layer = SyncBatchNorm(renorm=True, num_devices=devices)
+    layer.initialize(ctx=contexts)
+    model, reference = ModelDataParallel(layer, contexts), Reference(3)
+    for step in range(3):
+        x = data(rng, step, (6, 3))
+        repeated = np.repeat(x, weights.astype(int), axis=0)
+        reference.step(repeated, repeated)
+        with autograd.record():
+            model(split(x, contexts), split(weights, contexts))
+        mx.nd.waitall()
+    check_averages(layer, reference, contexts, 1e-5)
+
+
 def test_a_device_without_input_gets_the_averages(two, rng):
     layer = SyncBatchNorm(renorm=True)
     model, reference = ModelDataParallel(initialized([layer], two), two), Reference(3)
@@ -334,6 +371,41 @@ def test_an_exported_graph_trains_on(num_devices, two, rng, tmp_path):
         with pytest.raises(ConversionError, match="no batch renormalization"):
             revert_batchnorm(net)
     assert convert_sync_batchnorm(model).net[0] is layer  # synchronized already
+
+
+def test_groups_and_renormalization_in_a_fresh_process(rng, tmp_path):
+    four = [mx.cpu(i) for i in range(4)]
+    options = {"renorm": True, "renorm_clipping": {"rmax": 1.5}, "group_size": 2}
+    net = initialized([SyncBatchNorm(in_channels=3, **options)], four, {})
+    net(mx.nd.ones((2, 3)))
+    net.export(str(tmp_path / "net"))
+    x = data(rng, 2, (8, 3))
+    np.save(tmp_path / "x.npy", x)
+    (_, (outs,)) = run(ModelDataParallel(net, four), four, [x])
+    np.save(tmp_path / "y.npy", joined(outs))
+    fresh_process.run(
+        """
+import sys, mxnet as mx, numpy as np
+from gluon_syncbn import ModelDataParallel
+folder = sys.argv[1]
+four = [mx.cpu(i) for i in range(4)]
+files = f"{folder}/net-symbol.json", f"{folder}/net-0000.params"
+net = mx.gluon.SymbolBlock.imports(files[0], ["data"], files[1], ctx=four)
+x = mx.gluon.utils.split_and_load(mx.nd.array(np.load(f"{folder}/x.npy")), four)
+with mx.autograd.record():
+    outs = ModelDataParallel(net, four)(x)
+y = np.concatenate([out.asnumpy() for out in outs])
+np.testing.assert_array_equal(y, np.load(f"{folder}/y.npy"))
+with mx.autograd.record():
+    try:
+        net(x[0])
+    except RuntimeError as error:
+        assert "group_size=2" in str(error)
+    else:
+        raise AssertionError
+""",
+        tmp_path,
+    )
 
 
 def test_module_initializes_the_averages(rng):

@@ -177,7 +177,6 @@ REFUSED = {
     "updates_collections": "update_ops",
     "variables_collections": [],
     "outputs_collections": "outputs",
-    "batch_weights": mx.nd.ones(2),
     "zero_debias_moving_mean": True,
     "adjustment": len,
 }
@@ -188,6 +187,18 @@ def test_what_is_refused_is_refused_by_name(name, params):
     with pytest.raises(ValueError, match=f"^{name} must be .*, the default; "):
         sync_batch_norm(mx.nd.ones((2, 3)), scope="bn", params=params, **{name: REFUSED[name]})
     assert not list(params)
+
+
+def test_batch_weights(params, rng):
+    x, weights = rng.randn(4, 3).astype("float32"), np.array([1, 2, 0, 1], "float32")
+    y = sync_batch_norm(
+        mx.nd.array(x), scope="bn", params=params, batch_weights=mx.nd.array(weights)
+    )
+    repeated = np.repeat(x, weights.astype(int), axis=0)
+    wanted = (x - repeated.mean(0)) / np.sqrt(repeated.var(0) + 1e-3)
+    np.testing.assert_allclose(y.asnumpy(), wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="batch_weights must be of the kind of inputs"):
+        sync_batch_norm(mx.nd.array(x), scope="bn", params=params, batch_weights=weights)
 
 
 def test_errors(params):

@@ -55,7 +55,7 @@ def sync_batch_norm(
     variables_collections: None = None,
     outputs_collections: None = None,
     trainable: bool = True,
-    batch_weights: None = None,
+    batch_weights: Any = None,
     fused: bool | None = None,
     data_format: str = "NHWC",
     zero_debias_moving_mean: bool = False,
@@ -100,6 +100,9 @@ def sync_batch_norm(
         be new.  ``AUTO_REUSE``: make them the first time, as in a training loop with arrays.
     trainable : bool, default True
         False: beta and gamma get no gradient.  (For symbols: Module's ``fixed_param_names``.)
+    batch_weights : NDArray or Symbol, optional
+        Of the kind of ``inputs``, of shape ``(N,)``: how much each sample counts; see
+        :class:`SyncBatchNorm`.
     fused : bool, optional
         Any; there is one implementation, which is fused.
     data_format : {'NHWC', 'NCHW'}, default 'NHWC'
@@ -119,7 +122,7 @@ def sync_batch_norm(
         Where the variables are; by default ``gluon_syncbn.tensorflow.VARIABLES``.  A scope is new
         in each of them.
     param_regularizers, updates_collections, variables_collections, outputs_collections, \
-batch_weights, zero_debias_moving_mean, adjustment
+zero_debias_moving_mean, adjustment
         Refused unless they have their defaults; the error says what to do instead.
         (``updates_collections`` is None here: the forward pass updates the moving averages.)
 
@@ -166,13 +169,17 @@ batch_weights, zero_debias_moving_mean, adjustment
         ),
         variables_collections=(variables_collections, None, "the variables are in params"),
         outputs_collections=(outputs_collections, None, "keep what the function returns"),
-        batch_weights=(batch_weights, None, "leave out the samples that should not count"),
         zero_debias_moving_mean=(zero_debias_moving_mean, False, "start from a recalibrated mean"),
         adjustment=(adjustment, None, "transform what the function returns"),
     )
     symbolic = isinstance(inputs, Symbol)
     if not symbolic and not isinstance(inputs, NDArray):
         raise TypeError(f"inputs must be an NDArray or a Symbol, but is a {type(inputs).__name__}")
+    kind = Symbol if symbolic else NDArray
+    if batch_weights is not None and not isinstance(batch_weights, kind):
+        raise TypeError(
+            f"batch_weights must be of the kind of inputs, but is a {type(batch_weights).__name__}"
+        )
     if not isinstance(is_training, (bool, int)):
         raise TypeError(
             f"is_training must be True or False, but is a {type(is_training).__name__}; a graph "
@@ -208,10 +215,10 @@ batch_weights, zero_debias_moving_mean, adjustment
         if not symbolic:
             found.prepare(layer, inputs, trainable)
     if symbolic:
-        y = layer(inputs)
+        y = layer(inputs, batch_weights)
     else:
         with autograd.train_mode() if is_training else autograd.predict_mode():
-            y = layer(inputs)
+            y = layer(inputs, batch_weights)
     return y if activation_fn is None else activation_fn(y)
 
 

@@ -11,6 +11,7 @@ import fresh_process
 from gluon_syncbn import (
     ConversionError,
     DataParallelModel,
+    MABN2d,
     ModelDataParallel,
     SyncBatchNorm,
     convert_sync_batchnorm,
@@ -228,6 +229,24 @@ def test_layers_that_have_nothing_to_estimate_are_left_alone(rng):
     untouched = iter(batches)
     assert recalibrate(sequence(nn.Dense(1), untracked), untouched) == 0
     assert next(untouched) is batches[0]
+
+
+@pytest.mark.parametrize("hybridize", [None, STATIC])
+def test_averages_that_are_no_such_estimates_stay(hybridize, two, rng):
+    net = sequence(MABN2d(3, 1, 2), SyncBatchNorm(renorm=True))
+    net.initialize(ctx=two)
+    if hybridize is not None:
+        net.hybridize(**hybridize)
+    model = ModelDataParallel(net, two)
+    batches = [split(x, two) for x in data(rng, shape=(3, 4, 4))]
+    with autograd.record():
+        model(batches[0])
+    mx.nd.waitall()
+    before = values(net)
+    assert recalibrate(model, batches) == len(batches)
+    for name, arrays in values(net).items():
+        same = all((a == b).all() for a, b in zip(arrays, before[name]))
+        assert same == (name not in (net[1].running_mean.name, net[1].running_var.name)), name
 
 
 @pytest.mark.parametrize("convert", [False, True])

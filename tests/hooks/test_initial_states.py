@@ -26,16 +26,16 @@ def raw_alone():
     )
 
 
-def raw_moving_average():
-    op = mx.sym._internal
-    data, moments, context = op._syncbn_mabn_moments(mx.sym.var("data"), buffer_size=2, name="m")
-    return op._syncbn_mabn_normalize(data, moments, context, buffer_size=2, name="norm")
-
-
 def raw_options():
     return mx.sym._internal._syncbn_batch_norm(
         mx.sym.var("data"), cumulative_average=True, renorm=True, name="norm"
     )
+
+
+def raw_moving_average():
+    op = mx.sym._internal
+    data, moments, context = op._syncbn_mabn_moments(mx.sym.var("data"), buffer_size=2, name="m")
+    return op._syncbn_mabn_normalize(data, moments, context, buffer_size=2, name="norm")
 
 
 def without_marks():

@@ -92,7 +92,9 @@ def recalibrate(model: Any, batches: Iterable) -> int:
     counted by the first dimension of the first array.  Normalization is by the batch, as in
     training: synchronized layers by all devices' samples, others by those of one device; the
     statistics that are set are over all samples in any case, the same on all devices, also with
-    ``group_size``.  A layer that is used several times in a forward pass gets an average over its
+    ``group_size``.  (Weights of samples count within a batch, not between batches.)  The averages
+    of ``renorm`` and of :class:`MABN2d` are no estimates of this kind, and stay as they were.  A
+    layer that is used several times in a forward pass gets an average over its
     uses, in which later ones weigh slightly more.  ``num_batches_tracked`` becomes the number of
     batches.
 
@@ -181,10 +183,8 @@ class _Layer:
     def __init__(self, exchange, momentum):
         self._exchange, self._momentum = exchange, momentum
         self.group_size = 1 if exchange.local else exchange.group_size
-        self.all = exchange.statistics
-        self.mean, self.var = self.all[:2]
-        self._batches = self.all[2:3] if momentum is None else ()
-        self.others = self.all[2 + len(self._batches) :]  # what moves and is not estimated
+        self.estimated = exchange.statistics[: 3 if momentum is None else 2]
+        self.mean, self.var, *self._batches = self.estimated
         self._uses = 1  # in a forward pass
         self._count, self._mean, self._m2 = 0, 0.0, 0.0
 
@@ -255,10 +255,11 @@ def _recalibrate(runner, layers, batches):
     if first is None:
         raise ValueError("there are no batches; give one at least")
     args, samples = runner.arguments(first)
-    if not all(_is_placed(p, runner.devices) for layer in layers for p in layer.all):
+    moving = {p for e in exchanges_of(runner.net) for p in e.statistics}
+    if not all(_is_placed(p, runner.devices) for p in moving):
         runner.run(args, training=False)  # initializes what is deferred
     layers = [layer for layer in layers if has_data(layer.mean)]
-    saved = {p: [a.copy() for a in p.list_data()] for layer in layers for p in layer.all}
+    saved = {p: [a.copy() for a in p.list_data()] for p in moving if has_data(p)}
     try:
         _run_from(_FAR, runner, layers, args)
         device = next(iter(samples))
@@ -274,9 +275,8 @@ def _recalibrate(runner, layers, batches):
             number, total = number + 1, total + sum(samples.values())
         if total == 0:
             raise ValueError("the batches have no samples; give one at least")
-        for layer in layers:
-            estimated = layer.finish(number)
-            _put_back(saved, layer.others if estimated else layer.all)
+        estimated = {p for layer in layers if layer.finish(number) for p in layer.estimated}
+        _put_back(saved, saved.keys() - estimated)
     except BaseException:
         try:
             device_threads.wait_for_all()
