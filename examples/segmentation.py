@@ -30,7 +30,7 @@ MEAN, STD = 0.5, 0.25  # of the pixels, about
 IGNORED = -1  # the label of pixels that do not count: the outlines of VOC's objects
 # The classes of the drawn images, and their usual colours.
 SHAPES = {
-    "background": (0.5, 0.5, 0.5),
+    "background": None,  # any
     "disc": (0.8, 0.3, 0.3),
     "square": (0.3, 0.7, 0.3),
     "triangle": (0.3, 0.4, 0.8),
@@ -259,11 +259,9 @@ def draw_predictions(models, loader, classes, path, rows=4):
     for norm, model in models.items():
         scores = model(split(data, model.ctx_list))
         columns[norm] = np.concatenate([s.argmax(axis=1).asnumpy() for s in scores])
+    size = 1.9 * len(columns), 1.9 * len(data) + 0.6
     figure, axes = plt.subplots(
-        *(len(data), len(columns)),
-        figsize=(1.9 * len(columns), 1.9 * len(data) + 0.6),
-        squeeze=False,
-        layout="constrained",
+        len(data), len(columns), figsize=size, squeeze=False, layout="constrained"
     )
     colours = plt.get_cmap("tab10" if len(classes) <= 10 else "tab20b", len(classes))
     for column, (title, pictures) in enumerate(columns.items()):
