@@ -20,13 +20,16 @@ TEST_ARGS ?=
 .DEFAULT_GOAL := help
 
 help:  ## list what can be done
-	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z0-9_]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 train: build  ## train the example on two CPU contexts: digits, a minute (EXAMPLE_ARGS="--help")
 	$(BIN)/python examples/mnist.py $(EXAMPLE_ARGS)
 
 finetune: build  ## convert, train and export a model-zoo network, a minute (EXAMPLE_ARGS="--help")
 	$(BIN)/python examples/finetune.py $(EXAMPLE_ARGS)
+
+small_batch: build  ## compare normalization over batch sizes, 20 minutes (EXAMPLE_ARGS="--help")
+	$(BIN)/python examples/small_batch.py $(EXAMPLE_ARGS)
 
 test: lint build  ## lint, then run the tests (TEST_ARGS="-k exchange", "-m slow")
 	$(BIN)/python -m pytest $(TEST_ARGS)
@@ -92,7 +95,7 @@ format: $(VENV)/ready  ## format Python and C++
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist out docs/_build .mypy_cache python/gluon_syncbn/*.so python/*.egg-info
 
-.PHONY: help train finetune test build bench gluoncv cu112 emulated torch docs wheel sanitize lint format clean
+.PHONY: help train finetune small_batch test build bench gluoncv cu112 emulated torch docs wheel sanitize lint format clean
 
 $(CU112)/ready: requirements.txt tests/helpers/cuda_standins.py
 	$(PYTHON) -m venv $(CU112)

@@ -95,5 +95,5 @@ def test_make_help_lists_the_targets():
     printed = subprocess.run(
         ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True
     ).stdout
-    for target in ("train", "finetune", "test", "build", "lint", "format"):
+    for target in ("train", "finetune", "small_batch", "test", "build", "lint", "format"):
         assert re.search(rf"^{target}\s+\S", printed, re.M), printed
