@@ -357,8 +357,8 @@ def compare_errors(arguments, path):
 # Results
 
 
-def spread(runs, method, batch_size, quantity="error"):
-    """Return the mean, the least and the greatest over the seeds."""
+def spread(runs, method, batch_size, quantity):
+    """Return the mean, the least and the greatest over the seeds, or None without any."""
     values = [
         run[quantity]
         for run in runs
@@ -367,38 +367,53 @@ def spread(runs, method, batch_size, quantity="error"):
     return (statistics.mean(values), min(values), max(values)) if values else None
 
 
-def table_of_errors(runs):
+def table(runs, quantity, title, digits=2):
     """Return the table in Markdown: means over the seeds, the least and the greatest."""
     sizes = sorted({run["batch_size"] for run in runs})
-    lines = ["| test error (%), batch size per device | " + " | ".join(map(str, sizes)) + " |"]
+    lines = [f"| {title} | " + " | ".join(f"batch {size}" for size in sizes) + " |"]
     lines.append("| --- |" + " --- |" * len(sizes))
-    for quantity, note in (("error", ""), ("recalibrated", ", statistics re-estimated")):
-        for method, name in METHODS.items():
-            cells = [spread(runs, method, size, quantity) for size in sizes]
-            if any(cells):
-                text = ["{:.2f} ({:.2f} to {:.2f})".format(*c) if c else "" for c in cells]
-                lines.append(f"| {name}{note} | " + " | ".join(text) + " |")
+    for method, name in METHODS.items():
+        cells = [spread(runs, method, size, quantity) for size in sizes]
+        if any(cells):
+            mean, least, most = (f"{{{i}:.{digits}f}}" for i in range(3))
+            text = [f"{mean} ({least} to {most})".format(*cell) if cell else "" for cell in cells]
+            lines.append(f"| {name} | " + " | ".join(text) + " |")
     return "\n".join(lines)
 
 
+def tables(runs):
+    return "\n\n".join(
+        [
+            table(runs, "error", "test error (%)"),
+            table(runs, "recalibrated", "test error (%), statistics re-estimated"),
+            table(runs, "training_loss", "training loss in the last epoch", digits=4),
+        ]
+    )
+
+
 def draw(runs, title, path):
-    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     methods = [method for method in METHODS if any(run["method"] == method for run in runs)]
     sizes = sorted({run["batch_size"] for run in runs})
-    for i, method in enumerate(methods):
-        # Next to each other, so that all error bars are seen.
-        shift = 2 ** (0.06 * (i - (len(methods) - 1) / 2))
-        mean, least, most = np.array([spread(runs, method, size) for size in sizes]).T
-        places = np.array(sizes) * shift
-        bars = mean - least, most - mean
-        axes.errorbar(places, mean, bars, fmt="o-", capsize=3, label=METHODS[method])
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, labels=map(str, sizes))
-    axes.set(xlabel="batch size per device", ylabel="test error (%)", title=title)
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=100)
+    for axes, quantity in ((left, "error"), (right, "training_loss")):
+        for i, method in enumerate(methods):
+            found = {size: spread(runs, method, size, quantity) for size in sizes}
+            found = {size: values for size, values in found.items() if values}
+            # Next to each other, so that all error bars are seen.
+            places = np.array(list(found)) * 2 ** (0.07 * (i - (len(methods) - 1) / 2))
+            mean, least, most = np.array(list(found.values())).T
+            bars = mean - least, most - mean
+            axes.errorbar(places, mean, bars, fmt="o-", ms=4, capsize=3, label=METHODS[method])
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, labels=map(str, sizes))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.set_xlabel("batch size per device")
+    left.set(ylabel="test error (%)", title=title)
+    left.set_ylim(bottom=0)
+    right.set(ylabel="training loss, last epoch", yscale="log")
+    right.legend(fontsize="small")
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
@@ -494,7 +509,7 @@ def main(argv=None):
     if arguments.speed != "only":
         runs = compare_errors(arguments, f"{prefix}.json")
         print(f"\nMeans over {arguments.seeds} seeds (least to greatest):\n")
-        print(table_of_errors(runs))
+        print(tables(runs))
         data = "CIFAR-10" if arguments.cifar else "digits"
         draw(runs, f"{data}, {arguments.num_devices} devices", f"{prefix}.png")
         print(f"\nsaved {prefix}.json (all runs), {prefix}.png (chart)")

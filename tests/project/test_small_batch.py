@@ -34,7 +34,8 @@ def test_it_prints_a_table_and_draws_a_chart(tmp_path):
     for name, run in zip(("BN", "SyncBN", "MABN", "Batch renorm.", "GroupNorm"), runs):
         assert f"\n| {name} | {run['error']:.2f} (" in done.stdout, done.stdout
         assert ("recalibrated" in run) == (run["method"] in ("bn", "syncbn", "brn"))
-    assert len(re.findall("statistics re-estimated", done.stdout)) == 3
+    assert len(re.findall(r"^\| BN \|", done.stdout, re.M)) == 3
+    assert len(re.findall(r"^\| MABN \|", done.stdout, re.M)) == 2  # it is not re-estimated
     assert (tmp_path / "small_batch.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -45,7 +46,7 @@ def test_the_table_has_means_and_extremes_over_the_seeds(small_batch):
         for size, seeds in errors.items()
         for seed, error in enumerate(seeds)
     ]
-    last = small_batch.table_of_errors(runs).splitlines()[-1]
+    last = small_batch.table(runs, "error", "test error").splitlines()[-1]
     assert last == "| GroupNorm | 4.00 (1.00 to 7.00) | 2.00 (2.00 to 2.00) |"
 
 
