@@ -52,15 +52,15 @@ def test_the_table_has_means_and_extremes_over_the_seeds(small_batch):
 
 def test_an_interrupted_comparison_goes_on(small_batch, tmp_path, monkeypatch, capsys):
     arguments = [*TINY, "--seeds", "2", "--methods", "bn", "gn", "--out", str(tmp_path)]
-    train, trained = small_batch.train, []
+    train, trained, limit = small_batch.train, [], 3
 
-    def interrupted(*run):
-        if len(trained) == 3:
+    def watched(*run):
+        if len(trained) == limit:
             raise KeyboardInterrupt
         trained.append(run[:3])
         return train(*run)
 
-    monkeypatch.setattr(small_batch, "train", interrupted)
+    monkeypatch.setattr(small_batch, "train", watched)
     with pytest.raises(KeyboardInterrupt):
         small_batch.main(arguments)
     before = json.loads((tmp_path / "small_batch.json").read_text())["runs"]
@@ -68,6 +68,7 @@ def test_an_interrupted_comparison_goes_on(small_batch, tmp_path, monkeypatch, c
     assert trained == [("bn", 32, 0), ("gn", 32, 0), ("bn", 32, 1)]
 
     trained.clear()
+    limit = None
     small_batch.main(arguments)
     assert trained == [("gn", 32, 1)]
     assert "4 runs, 3 of them in" in capsys.readouterr().out
