@@ -20,7 +20,7 @@ TEST_ARGS ?=
 .DEFAULT_GOAL := help
 
 help:  ## list what can be done
-	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9_]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 train: build  ## train the example on two CPU contexts: digits, a minute (EXAMPLE_ARGS="--help")
 	$(BIN)/python examples/mnist.py $(EXAMPLE_ARGS)
@@ -33,6 +33,9 @@ segmentation: build  ## train segmentation with and without synchronization, min
 
 notebook: build .venv-notebook/ready  ## run examples/mnist.ipynb in Jupyter and keep its outputs, a minute
 	PYTHONPATH="$(abspath python)" .venv-notebook/bin/python tests/helpers/execute_notebook.py examples/mnist.ipynb
+
+small_batch: build  ## compare normalization over batch sizes, 20 minutes (EXAMPLE_ARGS="--help")
+	$(BIN)/python examples/small_batch.py $(EXAMPLE_ARGS)
 
 test: lint build  ## lint, then run the tests (TEST_ARGS="-k exchange", "-m slow")
 	$(BIN)/python -m pytest $(TEST_ARGS)
@@ -98,7 +101,7 @@ format: $(VENV)/ready  ## format Python and C++
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist out docs/_build .mypy_cache python/gluon_syncbn/*.so python/*.egg-info
 
-.PHONY: help train finetune segmentation notebook test build bench gluoncv cu112 emulated torch docs wheel sanitize lint format clean
+.PHONY: help train finetune segmentation small_batch notebook test build bench gluoncv cu112 emulated torch docs wheel sanitize lint format clean
 
 $(CU112)/ready: requirements.txt tests/helpers/cuda_standins.py
 	$(PYTHON) -m venv $(CU112)

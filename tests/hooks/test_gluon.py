@@ -5,7 +5,7 @@ import threading
 import mxnet as mx
 import numpy as np
 import pytest
-from mxnet import autograd, gluon
+from mxnet import autograd, context, gluon
 from mxnet.gluon import nn
 
 from gluon_syncbn import (
@@ -15,7 +15,9 @@ from gluon_syncbn import (
     SyncBatchNorm,
     convert_sync_batchnorm,
     parallel_backward,
+    passes,
 )
+from gluon_syncbn.data_parallel import random_state
 from held import held
 from networks import MODES, STATIC, convolutional, split
 
@@ -243,3 +245,29 @@ def test_what_backward_updates_is_complete_when_it_is_read(reader, rng):
     mx.nd.waitall()
     assert buffer.asnumpy().all(axis=1).any()
     np.testing.assert_array_equal(copy.asnumpy(), buffer.asnumpy())
+
+
+def test_devices_threads_fence_what_is_theirs(monkeypatch, rng):
+    """Two threads that fence the same arrays can each come first on one, and wait for ever."""
+    contexts = [mx.cpu(0), mx.cpu(1)]
+    net = nn.HybridSequential()
+    net.add(CenConv2d(3, 1, in_channels=3), MABN2d(3, 2, 4))
+    net.initialize(ctx=contexts)
+    net.hybridize(**STATIC)
+    model = ModelDataParallel(net, contexts)
+    fenced = []
+    handles = passes.handles
+
+    def watched(arrays):
+        if random_state.is_device_thread():
+            fenced.append((context.current_context(), {array.context for array in arrays}))
+        return handles(arrays)
+
+    monkeypatch.setattr(passes, "handles", watched)
+    for _ in range(3):
+        with autograd.record():
+            outs = model([mx.nd.array(rng.randn(2, 3, 2, 2), ctx) for ctx in contexts])
+        forward = len(fenced)
+        parallel_backward(outs)
+    assert {where for where, _ in fenced[forward:]} == set(contexts)
+    assert all(devices == {where} for where, devices in fenced), fenced

@@ -17,6 +17,7 @@ from mxnet import autograd, context, ndarray
 from .. import mxnet_private, passes
 from ..conversion.fusing import fuse
 from ..conversion.graph import Graph
+from ..data_parallel import random_state
 from ..data_parallel.device_threads import in_callers_thread
 from ..data_parallel.exchanges import exchanges_of
 from ..data_parallel.nested import arrays_in
@@ -71,21 +72,25 @@ class _Trace:
             self._recorded.add(where)
             _updating_late.add(self)
 
-    def after_backward(self):
+    def after_backward(self, device=None):
         """After a backward pass, which need not be complete, or be one of this graph.
 
         A layer updates statistics when it computes the gradient of its input, which that of a
-        parameter before it depends on.
+        parameter before it depends on.  ``device`` is the only one that the pass was on, or None.
         """
-        for where in list(self._recorded):
+        for where in self._recorded & {device} if device else set(self._recorded):
             gradients = [p.grad(where) for p in self._learned if mxnet_private.has_data(p)]
             written = [p.data(where) for p in self._late]
             check(LIBRARY.Fence(*passes.handles(gradients), *passes.handles(written)))
 
 
 def _after_backward():
+    # In a device's thread, for that device alone.  MXNet's engine queues an operator on one array
+    # after the other, so two threads that queue operators on the same arrays can each come first
+    # on one of them, and both operators would wait for ever.
+    device = context.current_context() if random_state.is_device_thread() else None
     for trace in list(_updating_late):
-        trace.after_backward()
+        trace.after_backward(device)
 
 
 def _traced(block, args):

@@ -52,11 +52,12 @@ def test_several_threads_compute_the_same_bits_and_sleep_then(threads, alone):
         + """
 got = [step() for _ in range(20)]
 end = time.monotonic() + 20
-while "R" in workers() and time.monotonic() < end:
+while workers() != ["S"] * HELPERS and time.monotonic() < end:
     time.sleep(0.01)
 print(json.dumps([got, workers()]))
 """
     )
+    script = script.replace("HELPERS", str(threads - 1))
     done = fresh_process.run(script, OMP_NUM_THREADS=str(threads))
     got, workers = json.loads(done.stdout)
     assert set(got) == {alone[0]}
@@ -75,6 +76,9 @@ with mx.autograd.record():
     y = net(mx.nd.ones((8, 3, 42, 42)))
 y.backward()
 mx.nd.waitall()
+end = time.monotonic() + 20
+while not workers() and time.monotonic() < end:
+    time.sleep(0.01)  # a thread that was made has no name until it runs
 print(len(workers()))
 """
     done = fresh_process.run(
