@@ -479,11 +479,18 @@ def test_in_inference_with_gradients_there_is_no_correction(rng):
         np.testing.assert_array_equal(got, wanted)
 
 
+def test_infinity_is_no_limit():
+    layer = SyncBatchNorm(renorm=True, renorm_clipping={"rmax": float("inf"), "dmax": 2})
+    assert layer.renorm_clipping == {"dmax": 2}
+
+
 def test_errors():
     for wrong, match in (
         ({"r_max": 1}, "renorm_clipping has 'r_max'; its keys are 'rmin', 'rmax', 'dmax'"),
-        ({"rmax": -1}, "rmax must be 0 or greater, but is -1"),
-        ({"dmax": float("nan")}, "dmax must be 0 or greater, but is nan"),
+        ({"rmax": -1}, "rmax must be a finite number, 0 or greater, but is -1"),
+        ({"dmax": float("nan")}, "dmax must be a finite number, 0 or greater, but is nan"),
+        ({"dmax": "much"}, "dmax must be a finite number, 0 or greater, but is 'much'"),
+        ("rmax", "renorm_clipping must be a dict or None, but is 'rmax'"),
         ({"rmin": 2, "rmax": 1}, "rmin must not be above rmax"),
     ):
         with pytest.raises(ValueError, match=match):

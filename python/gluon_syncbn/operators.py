@@ -95,8 +95,8 @@ def moving_average_batch_norm(
     )
 
 
-_OF_MOMENTS = "axis", "use_batch_stats", "spatial_dims"
-_OF_MOMENTS_ALONE = ("spatial_dims",)
+_OF_MOMENTS_ALONE = "spatial_dims", "use_global_stats"
+_OF_MOMENTS = ("axis", "use_batch_stats", *_OF_MOMENTS_ALONE)
 
 
 def _normalized(F, data, statistics, backward_context, parameters, options, name):
@@ -117,8 +117,12 @@ def _moments(F, x, options, weights, name):
     return operator(F, "_syncbn_moments")(data=x, name=name, **given)
 
 
-def weighted_batch_norm(F: Any, x: Any, parameters: dict, options: dict, weights: Any) -> Any:
+def weighted_batch_norm(
+    F: Any, x: Any, parameters: dict, options: dict, weights: Any, use_global_stats: bool = False
+) -> Any:
     """Compose a layer with weights without all-reduce: moments, normalization."""
+    if use_global_stats:
+        options = {**options, "use_global_stats": True}
     data, moments, backward_context = _moments(F, x, options, weights, "moments")
     return _normalized(F, data, moments, backward_context, parameters, options, "fwd")
 

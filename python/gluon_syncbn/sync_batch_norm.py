@@ -13,6 +13,7 @@ All of it, on each of the devices; x is this device's shard, of shape (N, C, *),
         moving_var    = momentum * moving_var + (1 - momentum) * M2 / n  # (C,)
 
     with batch renormalization [3]
+        # (renorm_stddev at least sqrt(epsilon))
         r             = clip(1 / (invstd * renorm_stddev), rmin, rmax)   # (C,)   constants in
         d             = clip((mean - renorm_mean) / renorm_stddev, -dmax, dmax)   # backward
         z             = gamma * ((x - mean) * invstd * r + d) + beta
@@ -125,9 +126,17 @@ def checked_activation(activation: Any, slope: Any) -> dict:
         )
     if activation == "relu":
         return {"activation": "relu"}
-    if not 0 <= float(slope) < float("inf"):
-        raise ValueError(f"slope must be 0 or greater, but is {slope!r}")
-    return {"activation": "leaky_relu", "slope": float(slope)}
+    return {"activation": "leaky_relu", "slope": _not_negative("slope", slope)}
+
+
+def _not_negative(name, value):
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"{name} must be a finite number, 0 or greater, but is {value!r}")
+    return number
 
 
 CLIPPING = "rmin", "rmax", "dmax"  # TensorFlow's keys
@@ -141,19 +150,20 @@ def checked_clipping(clipping: Any) -> dict:
     ValueError
         For other keys, or values that are negative, no numbers, or a ``rmin`` above ``rmax``.
     """
-    given = {key: value for key, value in dict(clipping or {}).items() if value is not None}
+    if clipping is not None and not isinstance(clipping, dict):
+        raise ValueError(f"renorm_clipping must be a dict or None, but is {clipping!r}")
+    no_limit = None, float("inf")
+    given = {key: value for key, value in (clipping or {}).items() if value not in no_limit}
     wrong = [key for key in given if key not in CLIPPING]
     if wrong:
         raise ValueError(
             f"renorm_clipping has {', '.join(map(repr, wrong))}; its keys are "
             f"{', '.join(map(repr, CLIPPING))}, and any may be missing"
         )
-    for key, value in given.items():
-        if not 0 <= float(value) < float("inf"):
-            raise ValueError(f"renorm_clipping: {key} must be 0 or greater, but is {value!r}")
+    given = {key: _not_negative(f"renorm_clipping: {key}", value) for key, value in given.items()}
     if given.get("rmin", 0) > given.get("rmax", float("inf")):
         raise ValueError(f"renorm_clipping: rmin must not be above rmax, but is {clipping!r}")
-    return {f"renorm_{key}": float(value) for key, value in given.items()}
+    return {f"renorm_{key}": value for key, value in given.items()}
 
 
 class SyncBatchNorm(nn.BatchNorm):
@@ -224,10 +234,9 @@ default 'zeros' and 'ones'
     ------
     ValueError
         If ``num_devices`` or ``group_size`` is neither None nor a positive integer, or the first is
-        no multiple of the second; if ``use_global_stats`` is combined with
-        ``track_running_stats=False``; or if there is no such ``activation`` or ``slope``; or if
-        ``renorm_clipping`` or ``renorm_momentum`` is out of range, or ``renorm`` is combined with
-        ``use_global_stats`` or ``track_running_stats=False``.
+        no multiple of the second.  If there is no such ``activation`` or ``slope``.  If
+        ``renorm_clipping`` or ``renorm_momentum`` is out of range.  If ``use_global_stats`` is
+        combined with ``track_running_stats=False``, or ``renorm`` with either.
 
     See Also
     --------
@@ -244,10 +253,11 @@ default 'zeros' and 'ones'
     - *weights*: how much each sample counts, of shape ``(N,)``, or each position, of the shape of
       ``data`` without its channels, or with one: ``(N, *)`` or ``(N, 1, *)``; of the dtype of the
       parameters.  For masked and padded batches: statistics are over what has a weight above 0, on
-      all devices.  Everything is normalized.  Weights have no gradient, and mean nothing where the
-      moving statistics are used.
+      all devices.  Everything is normalized, and every position's gradient counts, so padding must
+      be finite, and its loss 0.  Weights have no gradient, and mean nothing where the moving
+      statistics are used.
     - *add*, of the same kind, shape and dtype: a residual, which is added before the activation, as
-      at the end of a ResNet's block.
+      at the end of a ResNet's block.  It does not broadcast.
     - Parameters have shape ``(C,)`` and dtype float32, or float64 for float64 data.
     - *TypeError*: for ``mx.nd`` data under ``mx.npx.set_np()``.
     - *mxnet.MXNetError*: from the call, for integer data, an ``axis`` out of range or a number of
@@ -363,7 +373,7 @@ default 'zeros' and 'ones'
             )
         if renorm_clipping is not None and not renorm:
             raise ValueError("renorm_clipping is given without renorm=True; add it")
-        if not 0 <= renorm_momentum <= 1:
+        if _not_negative("renorm_momentum", renorm_momentum) > 1:
             raise ValueError(f"renorm_momentum must lie from 0 to 1, but is {renorm_momentum!r}")
         super().__init__(
             axis=axis,
@@ -522,11 +532,12 @@ default 'zeros' and 'ones'
         inference = imperative and not autograd.is_training()
         num_devices, use_global_stats = given["num_devices"], given["use_global_stats"]
         group_size = given["group_size"]
-        if use_global_stats or (inference and given["track_running_stats"]):
+        if inference and given["track_running_stats"]:
             weights = None  # the moving statistics are used
         if use_global_stats or 1 in (num_devices, group_size) or inference:
             if weights is not None:
-                return weighted_batch_norm(F, x, parameters, options, weights)
+                # Also where they mean nothing: Gluon infers shapes from a graph with all inputs.
+                return weighted_batch_norm(F, x, parameters, options, weights, use_global_stats)
             return local_batch_norm(
                 F, x, parameters, options, use_global_stats, group_size=group_size
             )

@@ -1,7 +1,8 @@
 """Normalization fused with the residual sum and the activation that follow, and split again.
 
 A network that normalizes, adds a residual and applies relu, reads and writes each feature map three
-times; the fused operator does it once.  It computes the same: in float32, bit for bit.
+times; the fused operator does it once.  It computes the same: in float32, bit for bit, where
+numbers are finite.
 """
 
 from ..sync_batch_norm import checked_activation
@@ -11,6 +12,8 @@ from .operator_inputs import arguments_of, inputs_of
 NORMALIZATIONS = "_syncbn_normalize", "_syncbn_batch_norm"
 # On a fused node: what the normalization and the sum were called, the sum possibly "".
 _NAMES = "__fused_names__"
+# On a fused node: the normalization was the first one in the sum.
+_FIRST = "__fused_first__"
 
 
 def _activation_of(node):
@@ -58,6 +61,8 @@ def fuse(graph, gammas=None):
             sums.add(id(total))
             attrs["add"] = True
         attrs[_NAMES] = f"{node.name},{total.name if total else ''}"
+        if total is not None and total.inputs[0][0] is node:
+            attrs[_FIRST] = True  # so that splitting restores the order of arguments
         first = len(arguments_of(node))
         entries = [*node.inputs[:first], *([residual] if total else []), *node.inputs[first:]]
         new[last] = Node(node.op, last.name, attrs, entries)
@@ -79,10 +84,12 @@ def split(node, norm):
     if activation == "none" and residual is None:
         return norm
     names = norm.attrs.pop(_NAMES, f"{node.name}_norm,{node.name}_sum").split(",")
+    first = norm.attrs.pop(_FIRST, None) is not None
     user = norm.user_attrs
     last = norm
     if residual is not None:
-        last = Node("elemwise_add", names[1], user, [residual, (last, 0)])
+        terms = [(last, 0), residual] if first else [residual, (last, 0)]
+        last = Node("elemwise_add", names[1], user, terms)
     if activation == "relu":
         last = Node("Activation", node.name, {"act_type": "relu", **user}, [(last, 0)])
     elif activation == "leaky_relu":

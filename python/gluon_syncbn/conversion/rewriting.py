@@ -134,14 +134,16 @@ def make_plain(graph, inference=False):
             _cannot(node, NO_RENORMALIZATION)
         if node.flag("cumulative_average", False) and not inference:
             _cannot(node, NO_AVERAGE)
-        given = inputs_of(node)
+        given, attrs = inputs_of(node), _plain_attrs(node)
         if node.op == "_syncbn_normalize":
             moments = given["data"][0]
             if moments.op != "_syncbn_moments":
                 _cannot(node, f"its data come from {moments.name} ({moments.op})")
             given["data"] = moments.inputs[0]
+            if moments.flag("use_global_stats", False):  # with weights, which mean nothing then
+                attrs["use_global_stats"] = "True"
         inputs = [given[name] for name in ("data", "gamma", "beta", "moving_mean", "moving_var")]
-        new[node] = split(node, Node("BatchNorm", node.name, _plain_attrs(node), inputs))
+        new[node] = split(node, Node("BatchNorm", node.name, attrs, inputs))
     graph.replace(new)
     for node in graph.nodes:
         if node.op in (*EXCHANGES, "_syncbn_moments"):

@@ -189,7 +189,7 @@ class BatchNormProperty : public ParameterizedProperty<Self, Param> {
     aux->resize(ListAuxiliaryStates().size());
     mxnet::TShape& data = in->front();
     Unify(&data, &out->at(0), "data");
-    if (this->param_.add) Unify(&data, &in->at(gamma + 2), "the residual");
+    if (this->param_.add) UnifyResidual(&data, &in->at(gamma + 2));
     if (!mxnet::ndim_is_known(data)) return false;
     const auto channels = data[ChannelAxis(this->param_.axis, data.ndim())];
     if (!mxnet::dim_size_is_known(channels)) return false;
@@ -222,7 +222,15 @@ class BatchNormProperty : public ParameterizedProperty<Self, Param> {
     int parameter = ParameterType(data);
     Unify(&parameter, &in->at(gamma), "gamma");
     Unify(&parameter, &in->at(gamma + 1), "beta");
-    if (this->param_.add) Unify(&data, &in->at(gamma + 2), "the residual");
+    if (this->param_.add) {
+      int& residual = in->at(gamma + 2);
+      if (residual == -1) residual = data;
+      if (residual != data) {
+        Raise(
+            "SyncBatchNorm: add has another dtype than the data; convert it, for example with "
+            "add.astype(data.dtype).");
+      }
+    }
     Unify(&parameter, &aux->at(kMovingMean), "moving_mean");
     Unify(&parameter, &aux->at(kMovingVar), "moving_var");
     if (this->param_.cumulative_average) {
@@ -247,6 +255,14 @@ class BatchNormProperty : public ParameterizedProperty<Self, Param> {
   std::vector<std::string> WithCorrection(std::vector<std::string> outputs) const {
     if (this->param_.renorm) outputs.push_back("correction");
     return outputs;
+  }
+
+  static void UnifyResidual(mxnet::TShape* data, mxnet::TShape* residual) {
+    if (mxnet::shape_is_known(*data) && mxnet::shape_is_known(*residual) && *data != *residual) {
+      Raise("SyncBatchNorm: add has the shape ", *residual, ", but must have that of the data, ",
+            *data, "; it does not broadcast.");
+    }
+    Unify(data, residual, "add");
   }
 
   std::vector<std::string> WithResidual(std::vector<std::string> arguments) const {

@@ -26,12 +26,16 @@ struct MomentsParam : public dmlc::Parameter<MomentsParam> {
   int axis;
   bool use_batch_stats;
   bool weighted;
+  bool use_global_stats;
   int spatial_dims;
   DMLC_DECLARE_PARAMETER(MomentsParam) {
     DMLC_DECLARE_FIELD(axis).set_default(1).describe("The channel axis; negative from the end.");
     DMLC_DECLARE_FIELD(use_batch_stats)
         .set_default(false)
         .describe("Compute statistics in inference as well, where nothing is exchanged.");
+    DMLC_DECLARE_FIELD(use_global_stats)
+        .set_default(false)
+        .describe("Compute no statistics, so that the moving ones are used in training as well.");
     DMLC_DECLARE_FIELD(weighted).set_default(false).describe(
         "Take weights: samples or positions count as much as theirs say.");
     DMLC_DECLARE_FIELD(spatial_dims)
@@ -51,8 +55,8 @@ class MomentsOp : public mxnet::Operator {
   void Forward(const mxnet::OpContext& ctx, const std::vector<mxnet::TBlob>& in_data,
                const std::vector<mxnet::OpReqType>& req, const std::vector<mxnet::TBlob>& out_data,
                const std::vector<mxnet::TBlob>&) override {
-    const auto p = ToMomentsParams(param_.axis, ctx.is_train || param_.use_batch_stats, in_data,
-                                   req, out_data);
+    const bool compute = (ctx.is_train || param_.use_batch_stats) && !param_.use_global_stats;
+    const auto p = ToMomentsParams(param_.axis, compute, in_data, req, out_data);
     if (!param_.weighted) return OnDevice(ctx, [&](const auto& device) { Run(device, p); });
     const PositionWeights weights = ToWeights(in_data[kWeights], p.shape, in_data[kData].size(0));
     OnDevice(ctx, [&](const auto& device) { RunWeighted(device, p, weights); });
@@ -126,8 +130,14 @@ class MomentsProperty : public MomentsPropertyBase<MomentsProperty, MomentsParam
                  std::vector<int>* aux) const override {
     if (!MomentsPropertyBase::InferType(in, out, aux)) return false;
     if (param_.weighted) {
-      int type = ParameterType(in->at(kData));
-      Unify(&type, &in->at(kWeights), "weights");
+      const int type = ParameterType(in->at(kData));
+      int& weights = in->at(kWeights);
+      if (weights == -1) weights = type;
+      if (weights != type) {
+        Raise(
+            "SyncBatchNorm: weights must be float32, or float64 with float64 data; convert them, ",
+            "for example with weights.astype('float32').");
+      }
     }
     return true;
   }

@@ -1,9 +1,7 @@
 // _syncbn_normalize: step 2 of forward, and step 1 of backward.
 //
-//   forward   data, statistics of all devices, backward_context (not read), gamma, beta and
-//   possibly
-//             a residual -> output, with an activation if one is wanted; updates the moving
-//             statistics
+//   forward   data, statistics of all devices, backward_context (not read), gamma, beta, possibly a
+//             residual -> output, possibly with an activation; updates the moving statistics
 //   backward  dy -> g, the gradient before the activation, as the gradient of data, this device's
 //             backward sums as that of the statistics, gamma * invstd and the mean as that of
 //             backward_context, and the gradients of gamma, beta and the residual

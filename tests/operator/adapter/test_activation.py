@@ -199,11 +199,31 @@ def test_infinity_and_nan(num_devices):
         np.testing.assert_array_equal(y.asnumpy().ravel()[:3], [of_minus_infinity, np.inf, np.nan])
 
 
+@pytest.mark.parametrize("num_devices", [1, None])
+@pytest.mark.parametrize("activation, slope", [("relu", 0.0), ("leaky_relu", 0.125)])
+@pytest.mark.parametrize("where", ["residual", "gradient"])
+def test_no_nan_is_lost_in_backward(rng, num_devices, activation, slope, where):
+    """A loss scaler must see them: as with separate operators, all of the channel's gradients."""
+    x, r, dy = rng.randn(3, 4, 3, 5).astype("float32")
+    for residual in (True, False) if where == "gradient" else (True,):
+        if where == "residual":
+            r[1, 2, 3] = np.nan
+        else:
+            net = Net(True, activation, slope, num_devices=num_devices)
+            y = steps(net, "float32", x, r if residual else None, dy)[0]
+            dy[np.unravel_index(y.argmin(), y.shape)] = np.nan  # where the activation is low
+        net = Net(True, activation, slope, num_devices=num_devices)
+        dx = steps(net, "float32", x, r if residual else None, dy)[1]
+        (_, channels, _) = np.nonzero(np.isnan(dx))
+        assert np.isnan(dx).sum() == 20 * len(set(channels)) > 0
+        dy = rng.randn(4, 3, 5).astype("float32")
+
+
 def test_a_residual_that_does_not_fit():
     layer = SyncBatchNorm()
     layer.initialize()
     layer(mx.nd.ones((4, 3)))
-    with pytest.raises(mx.MXNetError, match=r"the shape of the residual is .*check"):
+    with pytest.raises(mx.MXNetError, match=r"add has the shape \[4,2\].*does not broadcast"):
         layer(mx.nd.ones((4, 3)), add=mx.nd.ones((4, 2))).wait_to_read()
-    with pytest.raises(mx.MXNetError, match="the residual does not have the dtype"):
+    with pytest.raises(mx.MXNetError, match="add has another dtype .*astype"):
         layer(mx.nd.ones((4, 3)), add=mx.nd.ones((4, 3), dtype="float16")).wait_to_read()

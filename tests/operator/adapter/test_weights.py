@@ -229,6 +229,21 @@ def test_weights_do_not_matter_in_inference(rng, tmp_path):
     np.testing.assert_allclose(plain(x).asnumpy(), wanted.asnumpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("hybridize", [False, True])
+def test_they_mean_nothing_with_global_statistics(rng, hybridize):
+    """Shapes are inferred from a graph that has them as an input."""
+    x = mx.nd.array(rng.randn(4, 3))
+    layer = SyncBatchNorm(use_global_stats=True)
+    layer.initialize()
+    if hybridize:
+        layer.hybridize()
+    with autograd.record():
+        y = layer(x, mx.nd.array([0, 1, 2, 3]))
+    y.backward()
+    np.testing.assert_allclose(y.asnumpy(), x.asnumpy() / np.sqrt(1 + EPSILON), rtol=1e-6)
+    assert (layer.running_mean.data() == 0).asnumpy().all()
+
+
 def test_without_moving_statistics_they_matter_in_inference(rng):
     x = rng.randn(4, 3)
     weights = np.array([1, 0, 1, 1])
@@ -253,6 +268,6 @@ def test_weights_that_do_not_fit(shape):
 def test_weights_of_another_dtype():
     layer = SyncBatchNorm(in_channels=3)
     layer.initialize()
-    with pytest.raises(mx.MXNetError, match="weights does not have the dtype"):
+    with pytest.raises(mx.MXNetError, match="weights must be float32.*astype"):
         with autograd.train_mode():
             layer(mx.nd.ones((4, 3)), mx.nd.ones(4, dtype="int32")).wait_to_read()

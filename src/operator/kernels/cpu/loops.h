@@ -60,8 +60,8 @@ struct CpuLoops {
   // The same with an epilogue.  y may be x or the residual.
   void (*activate)(const FeatureTile& tile, const Affine<AccType<T>>& affine,
                    const Epilogue<T>& epilogue, const T* x, T* y, bool add);
-  // The gradient before the activation: g = dy, or slope * dy where z <= 0, z as above.  g may be
-  // dy.
+  // The gradient before the activation: g = dy, slope * dy where z <= 0, and NaN where z is, z as
+  // above.  g may be dy.
   void (*gate)(const FeatureTile& tile, const Affine<AccType<T>>& affine, AccType<T> slope,
                const T* dy, const T* x, T* g);
   // dx = factor * dy + (x - mean) * scale + shift, or dx += ... if `add`.  dx may be dy.

@@ -1,7 +1,7 @@
 // Elementwise arithmetic on a GPU:
 //
 //   y = z [+ factor * other],  z = (x - mean) * scale + shift
-//   y = other, or slope * other where z <= 0
+//   y = other, slope * other where z <= 0, NaN where z is
 //
 // with four numbers per channel; the first one may be followed by an activation.  Whatever its
 // layout, the feature map is treated as one row of accesses of 16 bytes.  The accesses of a thread
@@ -50,12 +50,6 @@ struct ElementwiseArgs {
   Epilogue epilogue;
   AccType<T> slope;
 };
-
-// (With a slope of 0, infinity must give 0, not NaN.)
-template <typename Acc>
-__device__ Acc Sloped(Acc slope, Acc value) {
-  return slope == 0 ? Acc(0) : slope * value;
-}
 
 template <typename T, int V>
 __device__ void StorePart(const Pack<T, V>& pack, T* to, int64_t at, int64_t size) {
@@ -114,10 +108,13 @@ __global__ void __launch_bounds__(kThreads)
       const ChannelEntry<Acc>& e = entry[mode == IndexMode::kOneChannel ? 0 : k];
       Acc value = (x[k] - e.mean) * e.scale + e.shift;
       if (args.epilogue == Epilogue::kGate) {
-        value = value > 0 ? other[k] : Sloped(args.slope, other[k]);
+        // A factor, so that no NaN is lost.
+        value = other[k] * (value > 0 ? Acc(1) : value <= 0 ? args.slope : value);
       } else {
         if (args.other != nullptr) value += e.factor * other[k];
-        if (args.epilogue == Epilogue::kActivate && value < 0) value = Sloped(args.slope, value);
+        if (args.epilogue == Epilogue::kActivate && value < 0) {
+          value = args.slope == 0 ? Acc(0) : args.slope * value;  // infinity must not become NaN
+        }
       }
       if (args.add) value += before[k];
       T element;
