@@ -20,7 +20,7 @@ TEST_ARGS ?=
 .DEFAULT_GOAL := help
 
 help:  ## list what can be done
-	@grep -hE '^[a-z0-9_]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9_]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 train: build  ## train the example on two CPU contexts: digits, a minute (EXAMPLE_ARGS="--help")
 	$(BIN)/python examples/mnist.py $(EXAMPLE_ARGS)
@@ -30,6 +30,12 @@ finetune: build  ## convert, train and export a model-zoo network, a minute (EXA
 
 small_batch: build  ## compare normalization over batch sizes, 20 minutes (EXAMPLE_ARGS="--help")
 	$(BIN)/python examples/small_batch.py $(EXAMPLE_ARGS)
+
+segmentation: build  ## train segmentation with and without synchronization, minutes (EXAMPLE_ARGS="--help")
+	$(BIN)/python examples/segmentation.py $(EXAMPLE_ARGS)
+
+notebook: build .venv-notebook/ready  ## run examples/mnist.ipynb in Jupyter and keep its outputs, a minute
+	PYTHONPATH="$(abspath python)" .venv-notebook/bin/python tests/helpers/execute_notebook.py examples/mnist.ipynb
 
 test: lint build  ## lint, then run the tests (TEST_ARGS="-k exchange", "-m slow")
 	$(BIN)/python -m pytest $(TEST_ARGS)
@@ -95,13 +101,19 @@ format: $(VENV)/ready  ## format Python and C++
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist out docs/_build .mypy_cache python/gluon_syncbn/*.so python/*.egg-info
 
-.PHONY: help train finetune small_batch test build bench gluoncv cu112 emulated torch docs wheel sanitize lint format clean
+.PHONY: help train finetune small_batch segmentation notebook test build bench gluoncv cu112 emulated torch docs wheel sanitize lint format clean
 
 $(CU112)/ready: requirements.txt tests/helpers/cuda_standins.py
 	$(PYTHON) -m venv $(CU112)
 	$(CU112)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt \
 	  mxnet-cu112==$(MXNET_VERSION) nvidia-cuda-runtime-cu11==11.8.89
 	$(CU112)/bin/python tests/helpers/cuda_standins.py $(CU112)/standins
+	touch $@
+
+.venv-notebook/ready: requirements.txt Makefile
+	$(PYTHON) -m venv .venv-notebook
+	.venv-notebook/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt \
+	  mxnet==$(MXNET_VERSION) nbclient==0.10.1 ipykernel==6.29.5
 	touch $@
 
 $(LIBRARY): $(VENV)/ready $(SOURCES)

@@ -25,18 +25,25 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 
 
-def training_arguments(doc, **defaults):
+def common_arguments(doc, **defaults):
     """Make a parser of the arguments that every training takes; ``defaults`` override these."""
     parser = argparse.ArgumentParser(
         description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--epochs", type=int, default=8, help="passes over the training data")
-    parser.add_argument("--batch-size", type=int, default=64, help="total over all devices")
     parser.add_argument("--num-devices", type=int, default=2, help="number of devices")
     parser.add_argument("--ctx", choices=["cpu", "gpu"], default="cpu", help="kind of device")
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--out", default="out", help="folder for the results")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def training_arguments(doc, **defaults):
+    """Make a parser of the arguments of a training with batches of a given size."""
+    parser = common_arguments(doc)
+    parser.add_argument("--batch-size", type=int, default=64, help="total over all devices")
     parser.set_defaults(**defaults)
     return parser
 

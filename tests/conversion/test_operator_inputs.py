@@ -15,6 +15,8 @@ from gluon_syncbn.conversion.operator_inputs import arguments_of, inputs_of, sta
         ("_syncbn_batch_norm", {}),
         ("_syncbn_batch_norm", {"add": True}),
         ("_syncbn_batch_norm", {"cumulative_average": True}),
+        ("_syncbn_batch_norm", {"renorm": True}),
+        ("_syncbn_normalize", {"renorm": True, "cumulative_average": True}),
         ("_syncbn_mabn_moments", {}),
         ("_syncbn_mabn_normalize", {}),
     ],

@@ -3,6 +3,8 @@
 Skipped by default, since GluonCV needs an environment of its own: run `make gluoncv`.
 """
 
+import os
+
 import mxnet as mx
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from gluon_syncbn import (
     parallel_backward,
     symbol,
 )
+from paths import ROOT
 
 pytest.importorskip("gluoncv")
 
@@ -28,6 +31,7 @@ from gluoncv.loss import MixSoftmaxCrossEntropyLoss  # noqa: E402
 from gluoncv.model_zoo.segbase import SegEvalModel  # noqa: E402
 from gluoncv.nn import feature  # noqa: E402
 from gluoncv.utils import parallel as theirs  # noqa: E402
+from PIL import Image  # noqa: E402
 
 BATCH, CLASSES = 4, ["cat", "dog"]
 STATIC = {"static_alloc": True, "static_shape": True}
@@ -499,3 +503,41 @@ def test_a_pyramid_keeps_its_names(monkeypatch):
     wanted = pyramid(feature.SyncBatchNorm, ndev=2).collect_params().keys()
     monkeypatch.setattr(feature, "SyncBatchNorm", symbol.SyncBatchNorm)
     assert pyramid(symbol.SyncBatchNorm, ndev=2).collect_params().keys() == wanted
+
+
+def test_the_segmentation_example_trains_on_its_pascal_voc(monkeypatch, tmp_path):
+    voc, rng = tmp_path / "VOC2012", np.random.RandomState(0)
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (voc / folder).mkdir(parents=True)
+    for split, names in (("trainval", "abcdefgh"), ("train", "abcde"), ("val", "fgh")):
+        (voc / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(names) + "\n")
+        for name in names:
+            size = rng.randint(40, 60, 2)
+            pixels = rng.randint(0, 256, (*size, 3)).astype("uint8")
+            Image.fromarray(pixels).save(voc / "JPEGImages" / f"{name}.jpg")
+            labels = rng.choice([0, 7, 255], size).astype("uint8")  # 255 marks outlines
+            Image.fromarray(labels).save(voc / "SegmentationClass" / f"{name}.png")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import segmentation
+
+    found = []
+
+    def record(model, loader, classes):
+        found.append({int(label) for _, y in loader for label in np.unique(y.asnumpy())})
+        return intersection_over_union(model, loader, classes)
+
+    def voc_data(arguments):
+        loaders, classes = load(arguments)
+        names = [{os.path.basename(p)[0] for p in loader._dataset.images} for loader in loaders]
+        assert names == [set("abcde"), set("fgh")] and len(classes) == 21
+        return loaders, classes
+
+    load, intersection_over_union = segmentation.voc_data, segmentation.intersection_over_union
+    monkeypatch.setattr(segmentation, "voc_data", voc_data)
+    monkeypatch.setattr(segmentation, "intersection_over_union", record)
+    segmentation.main(
+        ["--voc", str(tmp_path), "--image-size", "32", "--num-devices", "2", "--epochs", "1"]
+        + ["--out", str(tmp_path)]
+    )
+    assert found == [{0, 7, segmentation.IGNORED}] * 2
+    assert (tmp_path / "segmentation.png").exists()

@@ -76,6 +76,17 @@ def test_moving_averages(kernels, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, axis", [((8, 16, 28, 28), 1), ((8, 7, 7, 24), -1)])
+def test_activations_residuals_and_weights(kernels, dtype, shape, axis):
+    for mode in (checks.WRITE, checks.ADD):
+        for slope, residual in ((0.0, False), (0.25, True), (None, True)):
+            for local in (False, True):
+                checks.check_epilogue(kernels, dtype, shape, axis, local, slope, residual, mode)
+        for per_sample in (False, True):
+            checks.check_weights(kernels, dtype, shape, axis, per_sample, mode)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape, axis", [((0, 3), 1), ((0, 8, 4, 4), 1), ((2, 8, 0), 1)])
 def test_no_elements(kernels, dtype, shape, axis):
     checks.check_no_elements(kernels, dtype, shape, axis)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mxnet import autograd
 
-from gluon_syncbn import library
+from gluon_syncbn import SyncBatchNorm, library
 from gluon_syncbn.library import LIBRARY
 from mxnet_gpus import TOLERANCE, differentiable, load, need_gpus
 from reference import batch_norm, batch_norm_layers, largest_error, moments
@@ -63,6 +63,84 @@ def test_a_step(dtype, shape, axis, how, grad_req):
     for got, value in zip(grads, (wanted.dx[0], wanted.dgamma[0], wanted.dbeta[0])):
         assert largest_error(got.asnumpy(), value + before) < TOLERANCE[dtype]
     assert largest_error(layer.mean.asnumpy(), 0.1 * wanted.mean) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("how", ["synchronized", "local"])
+@pytest.mark.parametrize("grad_req", ["write", "add"])
+@pytest.mark.parametrize("add", [False, True])
+def test_an_activation_and_a_residual(dtype, how, grad_req, add):
+    rng = np.random.RandomState(0)
+    x_value, r_value, dy = rng.randn(3, 6, 5, 7, 9).astype(dtype)
+    layer = Layer(5, dtype)
+    inputs = [on_gpu(x_value), on_gpu(r_value)]
+    options = {"activation": "leaky_relu", "slope": 0.25}
+    if add:
+        options.update(add=True, residual=inputs[1])
+    grads = differentiable(*inputs, grad_req=grad_req)
+    op, states = mx.nd._internal, dict(moving_mean=layer.mean, moving_var=layer.var)
+    with autograd.record():
+        if how == "local":
+            y = op._syncbn_batch_norm(
+                data=inputs[0], gamma=layer.gamma, beta=layer.beta, **states, **options
+            )
+        else:
+            data, moments, context = op._syncbn_moments(inputs[0])
+            y = op._syncbn_normalize(
+                data=data,
+                statistics=moments,
+                backward_context=context,
+                gamma=layer.gamma,
+                beta=layer.beta,
+                **states,
+                **options,
+            )
+    autograd.backward([y], [on_gpu(dy)])
+    z = batch_norm([x_value], [dy], layer.gamma_value, layer.beta_value).y[0]
+    z = z + r_value if add else z
+    factor = np.where(z > 0, 1, 0.25)
+    wanted = batch_norm([x_value], [dy * factor], layer.gamma_value, layer.beta_value)
+    before = 2 if grad_req == "add" else 0
+    sure = np.abs(z) > 10 * TOLERANCE[dtype]  # elsewhere rounding may have decided the sign
+    assert largest_error(y.asnumpy(), z * factor) < TOLERANCE[dtype]
+    for got, value in zip(grads[: 1 + add], (wanted.dx[0], dy * factor)):
+        error = largest_error(got.asnumpy()[sure], (value + before)[sure])
+        assert error < 3 * TOLERANCE[dtype]
+
+
+def test_weights():
+    rng = np.random.RandomState(0)
+    x_value, dy = rng.randn(2, 6, 5, 7).astype("float32")
+    weights = rng.rand(6).astype("float32")
+    weights[2] = 0
+    layer, x = Layer(5, "float32"), on_gpu(x_value)
+    (grad,) = differentiable(x)
+    op = mx.nd._internal
+    with autograd.record():
+        data, moments, context = op._syncbn_moments(x, on_gpu(weights), weighted=True)
+        y = op._syncbn_normalize(
+            data=data,
+            statistics=moments,
+            backward_context=context,
+            gamma=layer.gamma,
+            beta=layer.beta,
+            moving_mean=layer.mean,
+            moving_var=layer.var,
+        )
+    autograd.backward([y], [on_gpu(dy)])
+    on_cpu = SyncBatchNorm(num_devices=1)
+    on_cpu.initialize()
+    on_cpu(mx.nd.array(x_value))
+    on_cpu.gamma.set_data(mx.nd.array(layer.gamma_value))
+    on_cpu.beta.set_data(mx.nd.array(layer.beta_value))
+    same = mx.nd.array(x_value)
+    same.attach_grad()
+    with autograd.record():
+        wanted = on_cpu(same, mx.nd.array(weights))
+    wanted.backward(mx.nd.array(dy))
+    assert largest_error(y.asnumpy(), wanted.asnumpy()) < TOLERANCE["float32"]
+    assert largest_error(grad.asnumpy(), same.grad.asnumpy()) < TOLERANCE["float32"]
+    assert largest_error(layer.var.asnumpy(), on_cpu.running_var.data().asnumpy()) < 1e-5
 
 
 def arrive(key, round_number, name, num_devices, values):

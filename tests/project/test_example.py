@@ -95,5 +95,6 @@ def test_make_help_lists_the_targets():
     printed = subprocess.run(
         ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True
     ).stdout
-    for target in ("train", "finetune", "small_batch", "test", "build", "lint", "format"):
+    targets = "train", "finetune", "small_batch", "segmentation", "test", "build", "lint", "format"
+    for target in targets:
         assert re.search(rf"^{target}\s+\S", printed, re.M), printed

@@ -3,6 +3,7 @@
 // end.  Results of float64 are compared with plain loops.
 //
 //   kernels_stress [seed] [shapes]
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "kernels/batch_norm_kernels.h"
+#include "kernels/weighted_moments.h"
 
 namespace {
 
@@ -50,6 +52,63 @@ WriteMode AnyMode(std::mt19937* random) { return static_cast<WriteMode>((*random
 
 void Near(double got, double wanted, const char* what) {
   if (!(std::fabs(got - wanted) <= 1e-9 * (1 + std::fabs(wanted)))) Fail(what);
+}
+
+// An activation and a residual in the unsynchronized layer and in the synchronized one's kernels,
+// in all write modes.
+template <typename T, typename Parameter>
+void Epilogues(DataType type, const FeatureShape& shape, std::mt19937* random, double* of_batch,
+               const T* x, const T* given_dy, const Parameter* gamma, const Parameter* beta,
+               Parameter* mean, Parameter* var, double* sums, double* context) {
+  const std::size_t size = shape.channels * shape.count();
+  Array<T> residual(size, 1), y(size, 2), dy(size, 3), dx(size, 0), dr(size, 1), g(size, 2);
+  Array<Parameter> dgamma(shape.channels, 1), dbeta(shape.channels, 0);
+  Array<double> statistics(StatisticsSize(shape.channels), 0);
+  std::copy_n(given_dy, size, dy.data());
+  std::copy_n(x, size, residual.data());
+  const Cpu cpu;
+  const Activation activation{(*random)() % 3 != 0, (*random)() % 2 * 0.25};
+  const bool add = (*random)() % 2 == 0;
+  NormalizeForwardParams forward{type,    shape, 1e-3, 0.9,  false, x,
+                                 nullptr, gamma, beta, mean, var,   WriteMode::kWrite,
+                                 y.data()};
+  forward.activation = activation;
+  forward.residual = add ? residual.data() : nullptr;
+  RunLocal(cpu, forward, of_batch);
+  EpilogueBackward epilogue{activation, beta, add ? y.data() : nullptr};
+  if (add) epilogue.residual_grad_mode = AnyMode(random);
+  epilogue.residual_grad = dr.data();
+  const bool in_place = (*random)() % 2 == 0;
+  RunLocal(cpu,
+           LocalBackwardParams{type, shape, 1e-3, false, dy.data(), x, of_batch, gamma, mean, var,
+                               AnyMode(random), in_place ? dy.data() : dx.data(), AnyMode(random),
+                               dgamma.data(), AnyMode(random), dbeta.data(), epilogue});
+  Run(cpu, MomentsForwardParams{type, shape, x, nullptr, true, statistics.data()});
+  void* const place = (*random)() % 3 == 0 ? nullptr : in_place ? dy.data() : g.data();
+  Run(cpu, NormalizeBackwardParams{type, shape, 1e-3, false, dy.data(), x, statistics.data(), gamma,
+                                   mean, var, place, sums, context, AnyMode(random), dgamma.data(),
+                                   AnyMode(random), dbeta.data(), epilogue});
+}
+
+template <typename T, typename Parameter>
+void Weighted(DataType type, const FeatureShape& shape, std::mt19937* random, const T* x,
+              const T* g) {
+  const std::size_t channels = shape.channels, size = channels * shape.count();
+  const bool per_sample = (*random)() % 2 == 0;
+  Array<Parameter> weights(per_sample ? shape.outer : shape.count(), 1);
+  for (std::size_t i = 0; i < (per_sample ? shape.outer : shape.count()); ++i) {
+    weights[i] = static_cast<Parameter>((*random)() % 3);
+  }
+  const PositionWeights how{weights.data(), per_sample ? std::size_t{1} : std::size_t{0}};
+  Array<double> statistics(StatisticsSize(channels), 0), sums(StatisticsSize(channels), 1);
+  Array<double> context(BackwardContextSize(channels), 0);
+  Array<T> copy(size, 1), dx(size, 2);
+  const Cpu cpu;
+  RunWeighted(cpu, MomentsForwardParams{type, shape, x, copy.data(), true, statistics.data()}, how);
+  RunWeighted(cpu,
+              MomentsBackwardParams{type, shape, g, x, sums.data(), context.data(), AnyMode(random),
+                                    dx.data()},
+              how);
 }
 
 template <typename T, typename Parameter>
@@ -121,6 +180,9 @@ void Step(DataType type, const FeatureShape& shape, std::mt19937* random) {
   RunLocal(cpu, LocalBackwardParams{type, shape, epsilon, true, g, u, of_batch, gamma.data(),
                                     mean.data(), var.data(), AnyMode(random), dx.data(),
                                     AnyMode(random), dgamma.data(), AnyMode(random), dbeta.data()});
+  Epilogues<T, Parameter>(type, shape, random, of_batch, x.data(), dy.data(), gamma.data(),
+                          beta.data(), mean.data(), var.data(), sums.data(), context.data());
+  if (shape.block == 1) Weighted<T, Parameter>(type, shape, random, x.data(), dy.data());
 }
 
 void Device(unsigned seed, int shapes) {

@@ -29,7 +29,7 @@ stress() {  # name sanitizers
     objects+=("$dir/$loop.o")
   done
   g++ "${flags[@]}" "${defines[@]}" tests/sanitize/kernels_stress.cc \
-    src/operator/kernels/cpu/batch_norm_kernels.cc src/operator/kernels/cpu/local_batch_norm.cc src/operator/kernels/cpu/worker_pool.cc "${objects[@]}" \
+    src/operator/kernels/cpu/{batch_norm_kernels,local_batch_norm,weighted_moments,worker_pool}.cc "${objects[@]}" \
     -o "$dir/kernels_stress"
   echo "== $1"
   "$dir/exchange_stress" "$seed"
@@ -53,4 +53,6 @@ cmake --build $out/mxnet --target gluon_syncbn
 PYTHONPATH="$PWD/$out/python" LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 PYTHONMALLOC=malloc \
   "$python" -m pytest -q -p no:cacheprovider tests/operator/exchange/test_key_barrier.py \
-  tests/test_passes.py tests/operator/adapter/test_in_place.py tests/test_sync_batch_norm.py
+  tests/test_passes.py tests/operator/adapter/test_in_place.py tests/test_sync_batch_norm.py \
+  tests/operator/adapter/test_activation.py tests/operator/adapter/test_weights.py \
+  tests/test_renormalization.py tests/test_moving_average.py

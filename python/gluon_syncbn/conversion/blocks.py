@@ -189,9 +189,8 @@ def revert_batchnorm(net: Any) -> Any:
     ConversionError
         A ValueError: if a layer is of a derived class or does what MXNet's cannot
         (``momentum=None``, ``track_running_stats=False``, ``activation``, ``renorm``,
-        :class:`MABN2d`), or a
-        graph has an all-reduce that is not part of a batch normalization.  Then nothing has been
-        converted.
+        :class:`MABN2d`), or a graph has an all-reduce that is not part of a batch normalization.
+        Then nothing has been converted.
 
     Examples
     --------

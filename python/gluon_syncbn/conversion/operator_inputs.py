@@ -1,9 +1,10 @@
 """The inputs of our operators in a graph, by name: a symbol's JSON has them by number."""
 
 _CHAINED = "data", "statistics", "backward_context", "gamma", "beta"
-_MOVING = "moving_mean", "moving_var", "num_batches_tracked", "renorm_mean", "renorm_stddev"
-# auxiliary state -> the option without which a node does not have it
-_OPTIONAL = {
+# auxiliary state -> the option that it comes with
+_MOVING = {
+    "moving_mean": None,
+    "moving_var": None,
     "num_batches_tracked": "cumulative_average",
     "renorm_mean": "renorm",
     "renorm_stddev": "renorm",
@@ -12,8 +13,8 @@ _OPTIONAL = {
 _NAMES = {
     "_syncbn_normalize": (_CHAINED, _MOVING),
     "_syncbn_batch_norm": (("data", "gamma", "beta"), _MOVING),
-    "_syncbn_mabn_moments": (("data",), ("buffer_gz",)),
-    "_syncbn_mabn_normalize": (_CHAINED, ("running_var", "buffer_x2", "iters")),
+    "_syncbn_mabn_moments": (("data",), {"buffer_gz": None}),
+    "_syncbn_mabn_normalize": (_CHAINED, dict.fromkeys(("running_var", "buffer_x2", "iters"))),
 }
 
 
@@ -26,8 +27,8 @@ def arguments_of(node):
 def inputs_of(node):
     """Map the names of a node's arguments and auxiliary states to (node, output)."""
     _, states = _NAMES[node.op]
-    states = [s for s in states if s not in _OPTIONAL or node.flag(_OPTIONAL[s], False)]
-    return dict(zip((*arguments_of(node), *states), node.inputs))
+    present = [s for s, option in states.items() if option is None or node.flag(option, False)]
+    return dict(zip((*arguments_of(node), *present), node.inputs))
 
 
 def states_of(node):

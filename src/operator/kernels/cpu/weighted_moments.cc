@@ -3,7 +3,6 @@
 #include "kernels/weighted_moments.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "kernels/acc_type.h"
@@ -47,7 +46,7 @@ void RunTyped(const MomentsForwardParams& p, const PositionWeights& given) {
   const std::size_t channels = p.shape.channels;
   const T* x = static_cast<const T*>(p.x);
   if (p.copy != nullptr && p.copy != p.x) {
-    std::memcpy(p.copy, p.x, p.shape.outer * p.shape.outer_stride() * sizeof(T));
+    std::copy_n(x, p.shape.outer * p.shape.outer_stride(), static_cast<T*>(p.copy));
   }
   if (!p.compute_statistics) {
     std::fill_n(p.statistics, 2 * channels, 0.0);
