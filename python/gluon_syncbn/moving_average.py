@@ -198,9 +198,9 @@ class MABN2d(HybridBlock):
             for name, init in (("gamma", gamma_initializer), ("beta", beta_initializer)):
                 setattr(self, name, self._parameter(name, (in_channels,), init, grad_req="write"))
             self.running_var = self._parameter("running_var", (in_channels,), "ones")
-            self.set_up(settings, in_channels, ndim=4)
+            self._set_up(settings, in_channels, ndim=4)
 
-    def set_up(
+    def _set_up(
         self,
         settings: dict,
         in_channels: int,
