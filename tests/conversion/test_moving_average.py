@@ -188,7 +188,7 @@ def test_what_cannot_be_converted_changes_nothing():
         (lambda: SyncBatchNorm(renorm=True), "without renorm=True"),
         (lambda: SyncBatchNorm(track_running_stats=False), "track_running_stats=False .* leave it"),
         (lambda: SyncBatchNorm(group_size=2), "group_size=2; leave it out"),
-        (lambda: MABN2d(3, 2, 16), "mabn2d0 .* simulated_batch_size=16 instead of .*=8; build"),
+        (lambda: MABN2d(3, 2, 16), r"mabn2d\d+ .* simulated_batch_size=16 instead of .*=8; build"),
         (lambda: MABN2d(3, 2, 8, num_devices=None), "num_devices=None instead of num_devices=1"),
         (InAList, "register it"),
         (graph, "SymbolBlock with BatchNorm, Convolution"),
