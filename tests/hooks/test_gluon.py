@@ -1,6 +1,8 @@
 """Initializing and tracing, which Gluon does once for a block, while several devices call it."""
 
+import gc
 import threading
+import weakref
 
 import mxnet as mx
 import numpy as np
@@ -365,3 +367,16 @@ def test_only_a_graphs_own_backward_is_fenced(fences):
         both = net(x) + net(x)
     both.backward()
     assert len(fences) == 6  # of two runs on one device
+
+
+def test_runs_without_a_backward_keep_nothing_alive(monkeypatch):
+    monkeypatch.setattr(gluon_hooks._RecordedRuns, "_MOST", 3)
+    net = small()
+    for _ in range(5):
+        with autograd.record():
+            net(mx.nd.ones((2, 3, 2, 2)))
+    assert len(gluon_hooks._recorded._runs) == 3
+    weight = weakref.ref(net[0].weight)
+    del net
+    gc.collect()
+    assert weight() is None

@@ -42,7 +42,7 @@ class _RecordedRuns:
 
     def __init__(self):
         self._lock = threading.Lock()  # devices' threads add and take at the same time
-        self._runs = {}  # name -> (_Trace, Context)
+        self._runs = {}  # name -> (weak reference to its _Trace, Context)
 
     def add(self, output, trace, where):
         graph = mxnet_private.recorded_graph(output.handle)
@@ -50,7 +50,7 @@ class _RecordedRuns:
             return
         (name,) = graph.list_outputs()
         with self._lock:
-            self._runs[name] = trace, where
+            self._runs[name] = weakref.ref(trace), where
             if len(self._runs) > self._MOST:
                 del self._runs[next(iter(self._runs))]
 
@@ -74,7 +74,9 @@ class _RecordedRuns:
                 if name in names and device in (None, where)
             ]
             take = self._runs.pop if is_last else self._runs.get
-            return list(dict.fromkeys(take(name) for name in found))
+            runs = dict.fromkeys(take(name) for name in found)
+        alive = ((trace(), where) for trace, where in runs)
+        return [(trace, where) for trace, where in alive if trace is not None]
 
 
 _recorded = _RecordedRuns()
