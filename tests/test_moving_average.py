@@ -367,7 +367,11 @@ def test_numpy_arrays(rng):
         ({"batch_size": 2.0}, "batch_size must be an integer"),
         ({"warmup_iters": -1}, "warmup_iters must be an integer from 0"),
         ({"warmup_iters": 2**21 + 1}, "warmup_iters must be"),
-        ({"momentum": 1.5}, "momentum must lie from 0 to 1"),
+        ({"momentum": 1.5}, "momentum must be a number from 0 to 1, but is 1.5"),
+        ({"momentum": None}, "momentum must be a number from 0 to 1, but is None"),
+        ({"epsilon": None}, "epsilon must be a number of 0 or more, but is None"),
+        ({"epsilon": -1}, "epsilon must be a number of 0 or more, but is -1"),
+        ({"epsilon": float("nan")}, "epsilon must be"),
         ({"num_devices": 0}, "num_devices must be a positive integer"),
         ({"in_channels": None}, "in_channels must be an integer"),
     ],
@@ -389,6 +393,20 @@ def test_data_that_do_not_fit():
     layer.hybridize()
     with pytest.raises(Exception, match="MABN2d takes an input of 4 dimensions"):
         layer(mx.nd.ones((2, 3))).wait_to_read()
+
+
+@pytest.mark.parametrize("hybridize", [None, {}])
+def test_weights_and_residuals_are_refused(hybridize):
+    layer = make()
+    layer.initialize()
+    if hybridize is not None:
+        layer.hybridize()
+    x = mx.nd.ones((2, 3, 4, 4))
+    for data in (x, mx.sym.var("data")):
+        with pytest.raises(TypeError, match="mabn2d.* takes data alone; weights and add"):
+            layer(data, mx.nd.ones(2))
+        with pytest.raises(TypeError, match="takes data alone"):
+            layer(data, add=x)
 
 
 def test_repr():

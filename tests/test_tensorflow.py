@@ -1,6 +1,8 @@
 """The function with TensorFlow's arguments: what each of them does, or why it is refused."""
 
+import gc
 import inspect
+import weakref
 
 import mxnet as mx
 import numpy as np
@@ -180,6 +182,60 @@ REFUSED = {
     "zero_debias_moving_mean": True,
     "adjustment": len,
 }
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"scale": True, "param_initializers": {"gamma": "nonsense"}},
+        {"epsilon": "small"},
+        {"renorm": True, "renorm_decay": 7},
+        {"batch_weights": mx.nd.ones((2, 2, 2, 2))},
+        {"activation_fn": lambda y: y + "1"},
+    ],
+)
+def test_a_scope_is_made_by_a_call_that_succeeds(wrong, params):
+    x, errors = mx.nd.ones((2, 3)), (ValueError, AssertionError, mx.MXNetError, TypeError)
+    with pytest.raises(errors):
+        sync_batch_norm(x, scope="bn", params=params, **wrong)
+    assert not list(params)
+    sync_batch_norm(x, scope="bn", params=params)
+    assert len(list(params)) == 4
+    with pytest.raises(errors):
+        sync_batch_norm(x, scope="bn", reuse=True, params=params, **wrong)
+    sync_batch_norm(x, scope="bn", reuse=True, params=params)  # an older one stays
+
+
+def test_variables_are_freed_with_their_dictionary():
+    params = gluon.ParameterDict()
+    sync_batch_norm(mx.nd.ones((2, 3)), scope="bn", params=params)
+    freed = weakref.ref(params), weakref.ref(params["bn_beta"])
+    del params
+    gc.collect()
+    assert [reference() for reference in freed] == [None, None]
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_a_reuse_says_the_same_of_trainable(trainable, params):
+    x = mx.nd.ones((2, 3))
+    options = {"scope": "bn", "params": params, "reuse": AUTO_REUSE}
+    sync_batch_norm(x, trainable=trainable, **options)
+    wanted = params["bn_beta"].grad_req
+    with pytest.raises(ValueError, match=f"'bn' was made with trainable={trainable}; a reuse must"):
+        sync_batch_norm(x, trainable=not trainable, **options)
+    assert params["bn_beta"].grad_req == wanted == ("write" if trainable else "null")
+    sync_batch_norm(x, trainable=trainable, **options)
+
+
+def test_clipping_belongs_to_renormalization(params):
+    x, clipping = mx.nd.ones((2, 3)), {"rmax": 3}
+    with pytest.raises(ValueError, match="renorm_clipping is given without renorm=True"):
+        sync_batch_norm(x, scope="bn", params=params, renorm_clipping=clipping)
+    options = {"renorm": True, "renorm_clipping": clipping, "scope": "bn", "params": params}
+    graph = sync_batch_norm(mx.sym.var("x"), is_training=False, **options)
+    assert not any("renorm" in name for name in graph.list_auxiliary_states())
+    graph = sync_batch_norm(mx.sym.var("x"), reuse=True, **options)
+    assert "bn_renorm_mean" in graph.list_auxiliary_states()
 
 
 @pytest.mark.parametrize("name", REFUSED)

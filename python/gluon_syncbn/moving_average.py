@@ -33,6 +33,7 @@ simulated_batch_size / batch_size, and a buffer has the numbers of the last K it
 
 from __future__ import annotations
 
+import numbers
 import operator
 from typing import Any
 
@@ -61,6 +62,10 @@ def _count(name, value, least):
     return number
 
 
+def _is_number(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def moving_average_settings(
     batch_size: int,
     simulated_batch_size: int,
@@ -77,8 +82,10 @@ def moving_average_settings(
             f"simulated_batch_size={simulated_batch_size} is not a multiple of "
             f"batch_size={batch_size}; averages are over simulated_batch_size / batch_size batches"
         )
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum must lie from 0 to 1, but is {momentum!r}")
+    if not _is_number(momentum) or not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be a number from 0 to 1, but is {momentum!r}")
+    if not _is_number(epsilon) or not 0 <= epsilon < float("inf"):
+        raise ValueError(f"epsilon must be a number of 0 or more, but is {epsilon!r}")
     return {
         "batch_size": batch_size,
         "simulated_batch_size": simulated_batch_size,
@@ -142,7 +149,7 @@ class MABN2d(HybridBlock):
     **Call.** ``layer(data)`` returns an array of the kind, shape and dtype of ``data``, an NDArray
     or Symbol of ``mx.nd`` or ``mx.np`` of shape ``(N, C, H, W)``; float16, float32 or float64.
     *ValueError* or *mxnet.MXNetError*: for another number of dimensions or of channels, or integer
-    data.
+    data.  *TypeError*: for ``weights`` or ``add``, which :class:`SyncBatchNorm` takes.
 
     **Parameters.** ``gamma``, ``beta`` and ``running_var``, of shape ``(C,)``; ``buffer_x2`` and
     ``buffer_gz``, of shape ``(simulated_batch_size / batch_size, C)``, and ``iters``, of shape
@@ -198,9 +205,9 @@ class MABN2d(HybridBlock):
             for name, init in (("gamma", gamma_initializer), ("beta", beta_initializer)):
                 setattr(self, name, self._parameter(name, (in_channels,), init, grad_req="write"))
             self.running_var = self._parameter("running_var", (in_channels,), "ones")
-            self.set_up(settings, in_channels, ndim=4)
+            self._set_up(settings, in_channels, ndim=4)
 
-    def set_up(
+    def _set_up(
         self,
         settings: dict,
         in_channels: int,
@@ -266,6 +273,15 @@ class MABN2d(HybridBlock):
         number = None if local else self.num_devices  # each by itself, however many there are
         late = (self.buffer_gz,)
         return Exchange(self.name, self.key, number, self.statistics, local, late_statistics=late)
+
+    def __call__(self, data: Any, *further: Any, **named: Any) -> Any:
+        """Normalize an array; see the class."""
+        if further or named:
+            raise TypeError(
+                f"{self.name} is a MABN2d, which takes data alone; weights and add are arguments "
+                "of SyncBatchNorm"
+            )
+        return super().__call__(data)
 
     def cast(self, dtype: Any) -> None:
         """Cast the parameters; those of a layer for float16 data are float32."""

@@ -12,7 +12,7 @@ from collections import namedtuple
 from typing import Any, Callable
 
 from mxnet import ndarray, optimizer, symbol
-from mxnet.base import _LIB, OpHandle, SymbolHandle, c_str, check_call
+from mxnet.base import _LIB, NDArrayHandle, OpHandle, SymbolHandle, c_str, check_call
 from mxnet.contrib.amp import amp
 from mxnet.gluon import HybridBlock, nn
 from mxnet.gluon.block import _BlockScope
@@ -245,26 +245,45 @@ def set_gluon_steps(steps: GluonSteps) -> None:
 # --- autograd and random numbers
 
 
-def watch_backward(after: Callable[[], None]) -> None:
-    """Call a function after each backward pass that has been queued."""
+def watch_backward(before: Callable[[list, bool], Any], after: Callable[[Any], None]) -> None:
+    """Call functions around each backward pass.
+
+    Parameters
+    ----------
+    before : callable
+        Called as ``(heads, is_last)``: handles of the arrays that the pass starts from, and whether
+        autograd forgets their graph in it.
+    after : callable
+        Called with what ``before`` returned, when the pass has been queued; not if it failed.
+    """
     run = _LIB.MXAutogradBackwardEx
 
     def watched(*arguments):
+        count, heads, _, _, _, retain_graph, *_ = arguments
+        heads = [NDArrayHandle(heads[i]) for i in range(count)]
+        noted = before(heads, not getattr(retain_graph, "value", retain_graph))
         status = run(*arguments)
         if status == 0:
-            after()
+            after(noted)
         return status
 
     _LIB.MXAutogradBackwardEx = watched
 
 
+def recorded_graph(handle: Any) -> Any:
+    """Return what autograd has recorded up to an array, as a symbol; None if it knows none.
+
+    The outputs of the symbol's operators have names that no other has in this process.
+    """
+    found = SymbolHandle()
+    if _LIB.MXAutogradGetSymbol(handle, ctypes.byref(found)):
+        return None
+    return symbol.Symbol(found)
+
+
 def is_recorded(array: Any) -> bool:
     """Whether autograd knows an array: by an attached gradient, or as a recorded result."""
-    handle = SymbolHandle()
-    if _LIB.MXAutogradGetSymbol(array.handle, ctypes.byref(handle)):
-        return False
-    check_call(_LIB.NNSymbolFree(handle))
-    return True
+    return recorded_graph(array.handle) is not None
 
 
 def watch_seeds(

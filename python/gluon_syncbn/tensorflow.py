@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from contextlib import contextmanager
 from typing import Any, Callable
 
 from mxnet import autograd
@@ -99,7 +100,8 @@ def sync_batch_norm(
         True: take the variables of a scope that exists.  None or False: make them; the scope must
         be new.  ``AUTO_REUSE``: make them the first time, as in a training loop with arrays.
     trainable : bool, default True
-        False: beta and gamma get no gradient.  (For symbols: Module's ``fixed_param_names``.)
+        False: beta and gamma get no gradient, in every use of the scope; to change that later, set
+        their ``grad_req`` in ``params``.  (For symbols: Module's ``fixed_param_names``.)
     batch_weights : NDArray or Symbol, optional
         Of the kind of ``inputs``, of shape ``(N,)``: how much each sample counts; see
         :class:`SyncBatchNorm`.
@@ -138,7 +140,8 @@ zero_debias_moving_mean, adjustment
         ``activation_fn`` cannot be called.
     ValueError
         If an argument is refused; if a scope exists that should not, does not and should, or was
-        made with another ``center`` or ``scale``; or if an array comes without a scope.
+        made with another ``center``, ``scale`` or ``trainable``; if ``renorm_clipping`` comes
+        without ``renorm``, or an array without a scope.  A scope that was new is not made then.
 
     Notes
     -----
@@ -169,7 +172,12 @@ zero_debias_moving_mean, adjustment
         ),
         variables_collections=(variables_collections, None, "the variables are in params"),
         outputs_collections=(outputs_collections, None, "keep what the function returns"),
-        zero_debias_moving_mean=(zero_debias_moving_mean, False, "start from a recalibrated mean"),
+        zero_debias_moving_mean=(
+            zero_debias_moving_mean,
+            False,
+            "the moving mean is not corrected for its start at 0; if training is so short that "
+            "this matters, use a smaller decay",
+        ),
         adjustment=(adjustment, None, "transform what the function returns"),
     )
     symbolic = isinstance(inputs, Symbol)
@@ -194,6 +202,10 @@ zero_debias_moving_mean, adjustment
             "trainable=False says nothing in a symbol; give Module the names of the variables as "
             "fixed_param_names"
         )
+    if renorm_clipping is not None and not renorm:
+        raise ValueError("renorm_clipping is given without renorm=True; add it")
+    # A graph for inference normalizes by the moving averages, which renormalization leaves alone.
+    renormalizes = bool(renorm) and (bool(is_training) or not symbolic)
     settings = {
         "num_devices": checked_num_devices(num_dev),
         "momentum": decay,
@@ -203,57 +215,65 @@ zero_debias_moving_mean, adjustment
         "axis": _AXES[data_format],
         # An array's mode is set for its call; a graph's is not known yet.
         "use_global_stats": symbolic and not is_training,
-        "renorm": bool(renorm) and not (symbolic and not is_training),
-        "renorm_clipping": renorm_clipping if renorm else None,
+        "renorm": renormalizes,
+        "renorm_clipping": renorm_clipping if renormalizes else None,
         "renorm_momentum": renorm_decay,
     }
     initializers = _initializers(param_initializers)
     params = VARIABLES if params is None else params
-    with _lock:  # the devices of ModelDataParallel come at the same time
-        found = _scope(params, scope, reuse, symbolic)
-        layer = found.layer(settings, initializers)
-        if not symbolic:
-            found.prepare(layer, inputs, trainable)
-    if symbolic:
-        y = layer(inputs, batch_weights)
-    else:
-        with autograd.train_mode() if is_training else autograd.predict_mode():
+    with _scope(params, scope, reuse, symbolic) as found:
+        with _lock:  # the devices of ModelDataParallel come at the same time
+            layer = found.layer(settings, initializers, bool(trainable))
+            if not symbolic:
+                found.prepare(layer, inputs)
+        if symbolic:
             y = layer(inputs, batch_weights)
-    return y if activation_fn is None else activation_fn(y)
+        else:
+            with autograd.train_mode() if is_training else autograd.predict_mode():
+                y = layer(inputs, batch_weights)
+        if activation_fn is not None:
+            y = activation_fn(y)
+        with _lock:
+            params.update(layer.params)
+    return y
 
 
 class _Scope:
-    """The variables of a scope, and the layers over them: one for each choice of settings."""
+    """The variables of a scope, and the layers over them: one for each choice of settings.
 
-    def __init__(self, params, name):
-        self._params, self._name = params, name
+    It does not hold the ParameterDict, which is the weak key that it is found by.
+    """
+
+    def __init__(self, name, prefix):
+        self.calls, self.has_served = 0, False  # calls on their way; whether one has succeeded
+        self._name, self._prefix = name, prefix
         self._layers = []  # (settings, layer)
+        self._made = {}  # what a reuse must say again
 
-    def layer(self, settings, initializers):
+    def layer(self, settings, initializers, trainable):
+        same = {"center": settings["center"], "scale": settings["scale"], "trainable": trainable}
+        for name, made in self._made.items():
+            if made != same[name]:
+                raise ValueError(
+                    f"scope {self._name!r} was made with {name}={made}; a reuse must say the same"
+                )
         for made, layer in self._layers:
-            for name in ("center", "scale"):
-                if made[name] != settings[name]:
-                    raise ValueError(
-                        f"scope {self._name!r} was made with {name}={made[name]}; a reuse must say "
-                        "the same"
-                    )
             if made == settings:
                 return layer
         layer = SyncBatchNorm(
-            prefix=f"{self._params.prefix}{self._name}_",
+            prefix=f"{self._prefix}{self._name}_",
             params=self._layers[0][1].params if self._layers else None,
             **settings,
             **initializers,
         )
+        if not self._layers and not trainable:
+            layer.gamma.grad_req = layer.beta.grad_req = "null"
         self._layers.append((settings, layer))
-        self._params.update(layer.params)
+        self._made = same
         return layer
 
-    def prepare(self, layer, inputs, trainable):
+    def prepare(self, layer, inputs):
         """Initialize the variables for an array, if they are not yet."""
-        for parameter in (layer.gamma, layer.beta):
-            if not trainable:
-                parameter.grad_req = "null"
         new = [p for p in layer.params.values() if contexts_of(p) is None]
         if new:
             layer.cast(inputs.dtype)
@@ -270,8 +290,26 @@ def _devices(layer, here):
     return [Context(here.device_type, i) for i in range(layer.num_devices)]
 
 
+@contextmanager
 def _scope(params, name, reuse, symbolic):
-    scopes = _scopes.setdefault(params, {})
+    """Give the scope of a call; one that the call has made goes again if the call fails."""
+    with _lock:
+        scopes = _scopes.setdefault(params, {})
+        name = _checked_scope(scopes, name, reuse, symbolic)
+        found = scopes.setdefault(name, _Scope(name, params.prefix))
+        found.calls += 1
+    try:
+        yield found
+        found.has_served = True
+    finally:
+        with _lock:
+            found.calls -= 1
+            if not found.has_served and not found.calls:
+                del scopes[name]
+
+
+def _checked_scope(scopes, name, reuse, symbolic):
+    """Return the name of a call's scope; raise ValueError if ``reuse`` does not allow it."""
     if name is None:
         if not symbolic:
             raise ValueError(
@@ -288,11 +326,9 @@ def _scope(params, name, reuse, symbolic):
         raise ValueError(
             f"scope {name!r} exists already; give another one, or reuse=True (AUTO_REUSE in a loop)"
         )
-    if name not in scopes:
-        if reuse is True:
-            raise ValueError(f"scope {name!r} does not exist and cannot be reused; make it first")
-        scopes[name] = _Scope(params, name)
-    return scopes[name]
+    if name not in scopes and reuse is True:
+        raise ValueError(f"scope {name!r} does not exist and cannot be reused; make it first")
+    return name
 
 
 def _initializers(given):

@@ -11,6 +11,9 @@ from mxnet.gluon.model_zoo import vision
 
 import fresh_process
 from gluon_syncbn import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
     CenConv2d,
     ConversionError,
     MABN2d,
@@ -20,6 +23,7 @@ from gluon_syncbn import (
     export_for_inference,
     revert_batchnorm,
 )
+from gluon_syncbn.mxnet_private import settings
 from gluon_syncbn.networks import blocks_of
 
 STATES = {"buffer_x2", "buffer_gz", "iters"}
@@ -120,6 +124,44 @@ def test_a_model_of_the_zoo(rng):
     assert np.isfinite(y.asnumpy()).all()
     twice = dict(net.collect_params().items())
     assert convert_mabn(net, 2, 16).collect_params().keys() == twice.keys()
+    with pytest.raises(ConversionError, match="simulated_batch_size=16 instead of .*=32; build"):
+        convert_mabn(net, 2, 32)
+    with pytest.raises(ConversionError, match="epsilon=0.0001 instead of epsilon=0.001"):
+        convert_mabn(net, 2, 16, epsilon=1e-3)
+
+
+@pytest.mark.parametrize("kind", [BatchNorm1d, BatchNorm2d, BatchNorm3d])
+def test_layers_of_this_package_with_other_names(kind):
+    net = nn.HybridSequential()
+    net.add(kind(), SyncBatchNorm(momentum=None), SyncBatchNorm(group_size=1))
+    net.initialize()
+    x = mx.nd.random.normal(shape=(2, 3, *[4] * kind.spatial_dims))
+    with autograd.record():
+        net(x)
+    convert_mabn(net, 2, 8)
+    with autograd.record():
+        y = net(x)
+    y.backward()
+    assert np.isfinite(y.asnumpy()).all()
+    assert {type(layer) for layer in net} == {MABN2d}
+    names = {name.split(".")[1] for name in net._collect_params_with_prefix()}
+    assert names == {"gamma", "beta", "running_var", *STATES}
+
+
+def test_what_was_fused_is_so_no_more(rng):
+    """The mark for fusing goes with the layer that it was given to."""
+    net = nn.HybridSequential()
+    net.add(nn.BatchNorm(in_channels=3), nn.Activation("relu"))
+    net.initialize()
+    net.hybridize()
+    convert_sync_batchnorm(net, fuse=True)
+    x = mx.nd.array(rng.randn(2, 3, 4, 4))
+    net(x)
+    convert_mabn(net, 2, 8)
+    with autograd.record():
+        y = net(x)
+    assert (y.asnumpy() >= 0).all() and net[0].iters.data().asscalar() == 1
+    assert not settings(net[0])
 
 
 class Odd(nn.BatchNorm):
@@ -142,6 +184,12 @@ def test_what_cannot_be_converted_changes_nothing():
         (lambda: Odd(), "Odd, which is not known"),
         (lambda: nn.BatchNorm(axis=-1), "channel axis is -1"),
         (lambda: nn.BatchNorm(use_global_stats=True), "use_global_stats"),
+        (lambda: SyncBatchNorm(activation="relu"), "activation='relu'; .* activation layer after"),
+        (lambda: SyncBatchNorm(renorm=True), "without renorm=True"),
+        (lambda: SyncBatchNorm(track_running_stats=False), "track_running_stats=False .* leave it"),
+        (lambda: SyncBatchNorm(group_size=2), "group_size=2; leave it out"),
+        (lambda: MABN2d(3, 2, 16), r"mabn2d\d+ .* simulated_batch_size=16 instead of .*=8; build"),
+        (lambda: MABN2d(3, 2, 8, num_devices=None), "num_devices=None instead of num_devices=1"),
         (InAList, "register it"),
         (graph, "SymbolBlock with BatchNorm, Convolution"),
     ):

@@ -1,6 +1,8 @@
 """Initializing and tracing, which Gluon does once for a block, while several devices call it."""
 
+import gc
 import threading
+import weakref
 
 import mxnet as mx
 import numpy as np
@@ -18,6 +20,7 @@ from gluon_syncbn import (
     passes,
 )
 from gluon_syncbn.data_parallel import random_state
+from gluon_syncbn.hooks import gluon as gluon_hooks
 from held import held
 from networks import MODES, STATIC, convolutional, split
 
@@ -271,3 +274,109 @@ def test_devices_threads_fence_what_is_theirs(monkeypatch, rng):
         parallel_backward(outs)
     assert {where for where, _ in fenced[forward:]} == set(contexts)
     assert all(devices == {where} for where, devices in fenced), fenced
+
+
+def small(contexts=None):
+    net = nn.HybridSequential()
+    net.add(nn.Conv2D(3, 1, in_channels=3), MABN2d(3, 2, 4))
+    net.initialize(ctx=contexts)
+    net.hybridize(**STATIC)
+    return net
+
+
+def learn(net, shape=(2, 3, 2, 2), ctx=None):
+    with autograd.record():
+        y = net(mx.nd.ones(shape, ctx=ctx))
+    y.backward()
+
+
+def frozen(net, name):
+    net.collect_params(f".*{name}").setattr("grad_req", "null")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: frozen(net, "gamma"),
+        lambda net: frozen(net, "weight"),
+        lambda net: frozen(net, "(weight|bias|gamma|beta)$"),
+        lambda net: net.collect_params().reset_ctx(mx.cpu(1)),
+        lambda net: net.initialize(force_reinit=True),
+    ],
+    ids=["gamma", "weight", "all", "moved", "anew"],
+)
+@pytest.mark.parametrize("when", ["between steps", "before backward"])
+def test_parameters_may_be_frozen_or_moved_after_tracing(change, when):
+    net, other = small(), nn.Dense(2, in_units=3)
+    other.initialize()
+    learn(net)
+    with autograd.record():
+        y = net(mx.nd.ones((2, 3, 2, 2)))
+    if when == "between steps":
+        y.backward()
+    change(net)
+    if when == "before backward":
+        y.backward()
+    learn(other, (1, 3))
+    where = net[0].weight.list_ctx()[0]
+    if where != mx.cpu():
+        net.hybridize(**STATIC)  # MXNet's own graph does not move
+    if any(p.grad_req == "write" for p in net.collect_params().values()):
+        learn(net, ctx=where)
+    learn(other, (1, 3))
+    mx.nd.waitall()
+
+
+@pytest.fixture
+def fences(monkeypatch):
+    """The devices of the fences after backward passes."""
+    made = []
+    fence = gluon_hooks._Trace.after_backward
+
+    def watched(trace, where):
+        made.append(where)
+        return fence(trace, where)
+
+    monkeypatch.setattr(gluon_hooks._Trace, "after_backward", watched)
+    return made
+
+
+def test_only_a_graphs_own_backward_is_fenced(fences):
+    """Once for each run, in any order, also if forward passes have no backward."""
+    net, other = small(), nn.Dense(2, in_units=3)
+    other.initialize()
+    x = mx.nd.ones((2, 3, 2, 2))
+    learn(other, (1, 3))
+    learn(net)
+    assert fences == [mx.cpu()]
+    learn(other, (1, 3))
+    with autograd.record():
+        first, second, _ = net(x), net(x), net(x)
+        losses = first.sum(), second.sum()
+    learn(other, (1, 3))
+    assert len(fences) == 1
+    losses[1].backward(retain_graph=True)
+    losses[0].backward(retain_graph=True)  # without it, MXNet forgets what they share
+    assert len(fences) == 3
+    losses[1].backward()
+    assert len(fences) == 4
+    learn(other, (1, 3))
+    learn(net)
+    assert len(fences) == 5
+    with autograd.record():
+        both = net(x) + net(x)
+    both.backward()
+    assert len(fences) == 6  # of two runs on one device
+
+
+def test_runs_without_a_backward_keep_nothing_alive(monkeypatch):
+    monkeypatch.setattr(gluon_hooks._RecordedRuns, "_MOST", 3)
+    net = small()
+    for _ in range(5):
+        with autograd.record():
+            net(mx.nd.ones((2, 3, 2, 2)))
+    assert len(gluon_hooks._recorded._runs) == 3
+    weight = weakref.ref(net[0].weight)
+    del net
+    gc.collect()
+    assert weight() is None

@@ -9,6 +9,7 @@ from mxnet.gluon import SymbolBlock, contrib, nn
 from mxnet.symbol import Symbol
 
 from ..centered_convolution import CenConv2d
+from ..dimensions import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from ..moving_average import MABN2d, moving_average_settings
 from ..mxnet_private import (
     contexts_of,
@@ -23,7 +24,10 @@ from .blocks import all_blocks, check_registered
 from .graph import Graph, Node
 from .rewriting import CONVERTIBLE, ConversionError
 
-_NORMS = (nn.BatchNorm, contrib.nn.SyncBatchNorm, SyncBatchNorm)
+_NORMS = (
+    *(nn.BatchNorm, contrib.nn.SyncBatchNorm, SyncBatchNorm),
+    *(BatchNorm1d, BatchNorm2d, BatchNorm3d),
+)
 
 
 def convert_mabn(
@@ -70,12 +74,16 @@ def convert_mabn(
         For settings that do not fit; see :class:`MABN2d`.
     ConversionError
         A ValueError that names the layer: for batch normalization of another kind, with another
-        channel axis than 1, with ``use_global_stats``, in the graph of a ``SymbolBlock``, or in a
-        list that is not registered with Gluon.  Then nothing has been converted.
+        channel axis than 1, with ``use_global_stats``, ``track_running_stats=False``, ``renorm``,
+        ``activation`` or a ``group_size`` above 1, in the graph of a ``SymbolBlock``, or in a list
+        that is not registered with Gluon; and for a :class:`MABN2d` that has other settings than
+        given here.  Then nothing has been converted.
 
     Notes
     -----
     A converted layer takes data of any number of dimensions with channels as axis 1, as before.
+    (What was :class:`BatchNorm2d` no longer checks them.)  The ``momentum`` and ``num_devices`` of
+    a layer give way to those given here.  Converting again with the same settings changes nothing.
 
     Examples
     --------
@@ -99,6 +107,9 @@ def convert_mabn(
     norms = [block for block in blocks if is_batch_norm(block)]
     for norm in norms:
         _check_norm(norm)
+    for block in blocks:
+        if isinstance(block, MABN2d):
+            _check_converted(block, of_layer(block._settings["epsilon"]))
     for block in blocks:
         if isinstance(block, SymbolBlock):
             _check_graph(block)
@@ -127,6 +138,36 @@ def _check_norm(layer):
         cannot(f"its channel axis is {given['axis']}; MABN2d takes channels as axis 1")
     if given["use_global_stats"]:
         cannot("use_global_stats=True leaves nothing to average; leave it out")
+    if not given.get("track_running_stats", True):
+        cannot(
+            "with track_running_stats=False it normalizes by its batch in inference, which MABN2d "
+            "cannot do; leave it out"
+        )
+    if given.get("renorm"):
+        cannot("MABN2d renormalizes in a way of its own; make the network without renorm=True")
+    if given.get("activation"):
+        cannot(
+            f"MABN2d has no activation={given['activation']!r}; make the network with an "
+            "activation layer after it"
+        )
+    if given.get("group_size") not in (None, 1):
+        cannot(
+            f"MABN2d has no group_size={given['group_size']}; leave it out, and give convert_mabn "
+            "num_devices=None for statistics over all devices"
+        )
+
+
+def _check_converted(layer, wanted):
+    given = layer._settings
+    other = [name for name, value in given.items() if value != wanted[name]]
+    if other:
+        has, asked = (
+            ", ".join(f"{name}={values[name]!r}" for name in other) for values in (given, wanted)
+        )
+        raise ConversionError(
+            f"{layer.name} is a MABN2d already, with {has} instead of {asked}; build the network "
+            "anew, or convert the parts without such layers"
+        )
 
 
 def _check_graph(block):
@@ -141,11 +182,12 @@ def _check_graph(block):
 
 def _convert(layer, new):
     fix_gamma = settings(layer)["fix_gamma"]
+    settings(layer).clear()  # nothing of what it was may count any more
     for name in ("running_mean", "num_batches_tracked"):
         forget_parameter(layer, name)
     layer.__class__ = MABN2d
     channels = layer.gamma.shape[0]
-    layer.set_up(new, max(channels, 0), fix_gamma, dtype=layer.gamma.dtype)
+    layer._set_up(new, max(channels, 0), fix_gamma, dtype=layer.gamma.dtype)
     contexts = contexts_of(layer.gamma)
     if contexts is not None:  # it has been initialized, or will be when its shape is known
         for parameter in (layer.buffer_x2, layer.buffer_gz, layer.iters):

@@ -10,6 +10,7 @@ does not tell it, so they could be read or saved before they are written.
 """
 
 import copy
+import threading
 import weakref
 
 from mxnet import autograd, context, ndarray
@@ -28,7 +29,57 @@ from ..sync_batch_norm import SyncBatchNorm
 _MXNETS = mxnet_private.gluon_steps()
 
 _traces: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # HybridBlock -> its _Trace
-_updating_late: weakref.WeakSet = weakref.WeakSet()  # _Traces whose backward updates statistics
+
+
+class _RecordedRuns:
+    """Runs of graphs whose backward will update statistics, until it comes.
+
+    A run is known by the name that its first output has in autograd's graph, which is how it is
+    told that a backward pass is one of this run.
+    """
+
+    _MOST = 1024  # no loop has more on their way; the oldest will have no backward
+
+    def __init__(self):
+        self._lock = threading.Lock()  # devices' threads add and take at the same time
+        self._runs = {}  # name -> (weak reference to its _Trace, Context)
+
+    def add(self, output, trace, where):
+        graph = mxnet_private.recorded_graph(output.handle)
+        if graph is None:
+            return
+        (name,) = graph.list_outputs()
+        with self._lock:
+            self._runs[name] = weakref.ref(trace), where
+            if len(self._runs) > self._MOST:
+                del self._runs[next(iter(self._runs))]
+
+    def before_backward(self, heads, is_last):
+        """Return the (_Trace, Context) of each run that a backward pass goes through."""
+        if not self._runs:
+            return []
+        names = set()
+        for head in heads:
+            graph = mxnet_private.recorded_graph(head)
+            if graph is not None:
+                names.update(graph.get_internals().list_outputs())
+        # In a device's thread, for that device alone.  MXNet's engine queues an operator on one
+        # array after the other, so two threads that queue operators on the same arrays can each
+        # come first on one of them, and both operators would wait for ever.
+        device = context.current_context() if random_state.is_device_thread() else None
+        with self._lock:
+            found = [
+                name
+                for name, (_, where) in self._runs.items()
+                if name in names and device in (None, where)
+            ]
+            take = self._runs.pop if is_last else self._runs.get
+            runs = dict.fromkeys(take(name) for name in found)
+        alive = ((trace(), where) for trace, where in runs)
+        return [(trace, where) for trace, where in alive if trace is not None]
+
+
+_recorded = _RecordedRuns()
 
 
 class _Trace:
@@ -45,8 +96,8 @@ class _Trace:
         self.has_static_shape = mxnet_private.has_static_shape(block)
         self._runs = {}  # Context -> (whether the last run was in training, what it writes last)
         late = {id(p): p for e in self.exchanges for p in e.late_statistics}
-        self._late, self._recorded = list(late.values()), set()
-        self._learned = [p for p in block.collect_params().values() if p.grad_req != "null"]
+        self._late = list(late.values())
+        self._parameters = list(block.collect_params().values())
 
     def before(self, where):
         """Before a run on a device."""
@@ -69,28 +120,29 @@ class _Trace:
         check(LIBRARY.Fence(*passes.handles(list(arrays_in(outputs))), *passes.handles(written)))
         self._runs[where] = autograd.is_training(), last
         if self._late and autograd.is_recording():
-            self._recorded.add(where)
-            _updating_late.add(self)
+            _recorded.add(next(arrays_in(outputs)), self, where)
 
-    def after_backward(self, device=None):
-        """After a backward pass, which need not be complete, or be one of this graph.
+    def after_backward(self, where):
+        """After a backward pass through a run on a device, which need not be complete.
 
         A layer updates statistics when it computes the gradient of its input, which that of a
-        parameter before it depends on.  ``device`` is the only one that the pass was on, or None.
+        parameter before it depends on.  Parameters may have been frozen or moved since the graph
+        was traced.
         """
-        for where in self._recorded & {device} if device else set(self._recorded):
-            gradients = [p.grad(where) for p in self._learned if mxnet_private.has_data(p)]
-            written = [p.data(where) for p in self._late]
-            check(LIBRARY.Fence(*passes.handles(gradients), *passes.handles(written)))
+        gradients = [
+            p.grad(where) for p in self._parameters if p.grad_req != "null" and _is_on(p, where)
+        ]
+        written = [p.data(where) for p in self._late if _is_on(p, where)]
+        check(LIBRARY.Fence(*passes.handles(gradients), *passes.handles(written)))
 
 
-def _after_backward():
-    # In a device's thread, for that device alone.  MXNet's engine queues an operator on one array
-    # after the other, so two threads that queue operators on the same arrays can each come first
-    # on one of them, and both operators would wait for ever.
-    device = context.current_context() if random_state.is_device_thread() else None
-    for trace in list(_updating_late):
-        trace.after_backward(device)
+def _is_on(parameter, where):
+    return mxnet_private.has_data(parameter) and where in parameter.list_ctx()
+
+
+def _after_backward(runs):
+    for trace, where in runs:
+        trace.after_backward(where)
 
 
 def _traced(block, args):
@@ -164,7 +216,7 @@ def _initialize_at_once(parameter):
 
 def install() -> None:
     """Take part from now on."""
-    mxnet_private.watch_backward(_after_backward)
+    mxnet_private.watch_backward(_recorded.before_backward, _after_backward)
     mxnet_private.set_gluon_steps(
         mxnet_private.GluonSteps(_get_symbol, _build, _run_graph, _infer_shape, _initialize)
     )
