@@ -370,6 +370,8 @@ def test_only_a_graphs_own_backward_is_fenced(fences):
 
 
 def test_runs_without_a_backward_keep_nothing_alive(monkeypatch):
+    # Of its own: other tests may have left runs in the one of the process.
+    monkeypatch.setattr(gluon_hooks, "_recorded", gluon_hooks._RecordedRuns())
     monkeypatch.setattr(gluon_hooks._RecordedRuns, "_MOST", 3)
     net = small()
     for _ in range(5):
