@@ -183,10 +183,11 @@ def _get_symbol(block, *args):
     if is_new:
         layers = (layer for layer in blocks_of(block) if isinstance(layer, SyncBatchNorm))
         gammas = {layer.gamma.name for layer in layers if mxnet_private.settings(layer).get("fuse")}
-        graph = Graph(sym) if gammas else None
-        if gammas and fuse(graph, gammas):
-            sym = graph.symbol()
-            mxnet_private.set_traced_graph(block, sym)
+        if gammas:
+            graph = Graph(sym)
+            if fuse(graph, gammas):
+                sym = graph.symbol()
+                mxnet_private.set_traced_graph(block, sym)
     return inputs, sym
 
 

@@ -239,25 +239,13 @@ void RunTyped(const MomentsBackwardParams& p) {
   ChannelParams<Acc> params(tiles);
   ForEachChannel(p.shape.channels, [&](std::size_t c) { params.Set(c, CombineEntry<Acc>(p, c)); });
   params.Spread();
-  const T* g = static_cast<const T*>(p.g);
-  const T* x = static_cast<const T*>(p.x);
-  T* dx = static_cast<T*>(p.dx);
-  ForEachTileBackwards(tiles, [&](const FeatureTile& tile) {
-    Loops<T>().combine(tile, params.affine(), params.factor(), g, x, dx,
-                       p.dx_mode == WriteMode::kAdd);
-  });
+  Combine(tiles, params, static_cast<const T*>(p.g), static_cast<const T*>(p.x),
+          static_cast<T*>(p.dx), p.dx_mode == WriteMode::kAdd);
 }
 
 template <typename Params>
 void Dispatch(const Params& params) {
-  switch (params.type) {
-    case DataType::kFloat16:
-      return RunTyped<Float16>(params);
-    case DataType::kFloat32:
-      return RunTyped<float>(params);
-    case DataType::kFloat64:
-      return RunTyped<double>(params);
-  }
+  WithType(params.type, [&](auto element) { RunTyped<decltype(element)>(params); });
 }
 
 }  // namespace

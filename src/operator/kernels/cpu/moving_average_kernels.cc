@@ -55,25 +55,13 @@ void RunTyped(const MovingAverageBackwardParams& p) {
   ForEachChannel(p.shape.channels, [&](std::size_t c) { params.Set(c, CombineEntry<Acc>(p, c)); });
   if (p.dx_mode == WriteMode::kSkip) return;
   params.Spread();
-  const T* dy = static_cast<const T*>(p.dy);
-  const T* x = static_cast<const T*>(p.x);
-  T* dx = static_cast<T*>(p.dx);
-  ForEachTileBackwards(tiles, [&](const FeatureTile& tile) {
-    Loops<T>().combine(tile, params.affine(), params.factor(), dy, x, dx,
-                       p.dx_mode == WriteMode::kAdd);
-  });
+  Combine(tiles, params, static_cast<const T*>(p.dy), static_cast<const T*>(p.x),
+          static_cast<T*>(p.dx), p.dx_mode == WriteMode::kAdd);
 }
 
 template <typename Params>
 void Dispatch(const Params& params) {
-  switch (params.type) {
-    case DataType::kFloat16:
-      return RunTyped<Float16>(params);
-    case DataType::kFloat32:
-      return RunTyped<float>(params);
-    case DataType::kFloat64:
-      return RunTyped<double>(params);
-  }
+  WithType(params.type, [&](auto element) { RunTyped<decltype(element)>(params); });
 }
 
 }  // namespace

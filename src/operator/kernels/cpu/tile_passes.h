@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels/batch_norm_math.h"
+#include "kernels/cpu/element_type.h"
 #include "kernels/cpu/feature_tiles.h"
 #include "kernels/cpu/loops.h"
 #include "kernels/cpu/threads.h"
@@ -192,6 +193,15 @@ template <typename Visit>
 void ForEachTileBackwards(const FeatureTiles& tiles, const Visit& visit) {
   ParallelFor(tiles.count(), tiles.elements(),
               [&](std::size_t i) { visit(tiles[tiles.count() - 1 - i]); });
+}
+
+// dx = factor * g + (x - mean) * scale + shift, or dx += ... if `add`, with the channels' numbers.
+template <typename T>
+void Combine(const FeatureTiles& tiles, const ChannelParams<AccType<T>>& params, const T* g,
+             const T* x, T* dx, bool add) {
+  ForEachTileBackwards(tiles, [&](const FeatureTile& tile) {
+    Loops<T>().combine(tile, params.affine(), params.factor(), g, x, dx, add);
+  });
 }
 
 }  // namespace gluon_syncbn

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/acc_type.h"
+#include "kernels/cpu/element_type.h"
 #include "kernels/cpu/float16.h"
 #include "kernels/cpu/threads.h"
 #include "kernels/weighted_moments_math.h"
@@ -87,14 +88,7 @@ void RunTyped(const MomentsBackwardParams& p, const PositionWeights& given) {
 
 template <typename Params>
 void Dispatch(const Params& params, const PositionWeights& weights) {
-  switch (params.type) {
-    case DataType::kFloat16:
-      return RunTyped<Float16>(params, weights);
-    case DataType::kFloat32:
-      return RunTyped<float>(params, weights);
-    case DataType::kFloat64:
-      return RunTyped<double>(params, weights);
-  }
+  WithType(params.type, [&](auto element) { RunTyped<decltype(element)>(params, weights); });
 }
 
 }  // namespace

@@ -260,14 +260,7 @@ template <typename Params>
 void Dispatch(const Gpu& gpu, const Params& params) {
   Check(cudaSetDevice(gpu.device));
   if (params.shape.channels == 0) return;
-  switch (params.type) {
-    case DataType::kFloat16:
-      return RunTyped<__half>(gpu, params);
-    case DataType::kFloat32:
-      return RunTyped<float>(gpu, params);
-    case DataType::kFloat64:
-      return RunTyped<double>(gpu, params);
-  }
+  WithType(params.type, [&](auto element) { RunTyped<decltype(element)>(gpu, params); });
 }
 
 }  // namespace
@@ -292,15 +285,10 @@ void* PlaceOfGradient(const Gpu& gpu, const LocalBackwardParams& p) {
   if (!p.epilogue.activation.present || p.dx_mode == WriteMode::kSkip) return nullptr;
   void* const to = p.dx_mode == WriteMode::kWrite ? p.dx : nullptr;
   const Extent extent = ToExtent(p.shape);
-  switch (p.type) {
-    case DataType::kFloat16:
-      return PlaceOfGradient<__half>(gpu, p, extent, to);
-    case DataType::kFloat32:
-      return PlaceOfGradient<float>(gpu, p, extent, to);
-    case DataType::kFloat64:
-      break;
-  }
-  return PlaceOfGradient<double>(gpu, p, extent, to);
+  void* place = nullptr;
+  WithType(p.type,
+           [&](auto element) { place = PlaceOfGradient<decltype(element)>(gpu, p, extent, to); });
+  return place;
 }
 
 }  // namespace

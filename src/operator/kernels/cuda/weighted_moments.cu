@@ -86,14 +86,7 @@ template <typename Params>
 void Dispatch(const Gpu& gpu, const Params& params, const PositionWeights& weights) {
   Check(cudaSetDevice(gpu.device));
   if (params.shape.channels == 0) return;
-  switch (params.type) {
-    case DataType::kFloat16:
-      return RunTyped<__half>(gpu, params, weights);
-    case DataType::kFloat32:
-      return RunTyped<float>(gpu, params, weights);
-    case DataType::kFloat64:
-      return RunTyped<double>(gpu, params, weights);
-  }
+  WithType(params.type, [&](auto element) { RunTyped<decltype(element)>(gpu, params, weights); });
 }
 
 }  // namespace

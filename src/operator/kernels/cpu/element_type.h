@@ -1,0 +1,22 @@
+// From the type that a call names to that of C++.
+#pragma once
+
+#include "kernels/batch_norm_kernels.h"
+#include "kernels/cpu/float16.h"
+
+namespace gluon_syncbn {
+
+// Calls visit(an element of the type).
+template <typename Visit>
+void WithType(DataType type, const Visit& visit) {
+  switch (type) {
+    case DataType::kFloat16:
+      return visit(Float16{});
+    case DataType::kFloat32:
+      return visit(float{});
+    case DataType::kFloat64:
+      return visit(double{});
+  }
+}
+
+}  // namespace gluon_syncbn
