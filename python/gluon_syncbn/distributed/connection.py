@@ -9,7 +9,6 @@ processes have said goodbye, and by ``MPI_Abort`` if they have not by the deadli
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import os
 import sys
@@ -77,11 +76,13 @@ class MpiConnection:
         return False
 
 
-def _end():
+def end() -> None:
+    """End all connections, and MPI if it would not end by itself: the program has ended."""
     for connection in list(_open):
         connection.close("the program has ended")
-    library = mpi_library() if _failed else None
-    until = time.monotonic() + get_timeout()
+    if not _failed:
+        return
+    library, until = mpi_library(), time.monotonic() + get_timeout()
     for handle in _failed:
         if not library.WaitForGoodbyes(handle, max(0.0, until - time.monotonic())):
             print(
@@ -103,7 +104,6 @@ def _refuse_in_child():
         )
 
 
-def watch_process() -> None:
-    """Close connections when the program ends; called by ``startup``."""
-    atexit.register(_end)
+def refuse_after_fork() -> None:
+    """Let a forked process get an error where this one communicates."""
     os.register_at_fork(after_in_child=_refuse_in_child)
