@@ -43,11 +43,12 @@ test: lint build  ## lint, then run the tests (TEST_ARGS="-k exchange", "-m slow
 build: $(LIBRARY)  ## compile the operators
 
 bench: build  ## time it beside MXNet and PyTorch, some minutes (BENCH_ARGS="--quick")
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build build --target kernels_bench
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build --target kernels_bench ranks_bench
 	$(BIN)/python benchmarks/run.py --library build/libkernels_bench.so $(BENCH_ARGS)
 	$(BIN)/python benchmarks/processes.py
 	$(BIN)/python benchmarks/networks.py
 	$(BIN)/python benchmarks/waiting.py
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/ranks.py --program build/ranks_bench
 
 gluoncv: build  ## put GluonCV into .venv-gluoncv and test it with our layers, some minutes
 	$(PYTHON) -m venv .venv-gluoncv

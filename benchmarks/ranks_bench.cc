@@ -1,10 +1,10 @@
 // Times one exchange between MPI ranks, by this package's transport and by MPI's collectives.
 //
-//   mpirun -n 4 ranks_bench VALUES ROUNDS [SLEEP_US]
+//   mpirun -n 4 ranks_bench VALUES ROUNDS PAUSE
 //
-// Prints, on rank 0, the median microseconds of each, over rounds in which they alternate.  Before
-// each round the ranks meet, and with SLEEP_US they then sleep, as a rank's thread does between two
-// layers.
+// Prints, on rank 0, the median microseconds of each; they take turns.  Before each round the ranks
+// meet.  With PAUSE microseconds they then sleep, so that every thread sleeps when the round
+// begins, as between the layers of a slow network.
 #include <mpi.h>
 
 #include <algorithm>
@@ -67,7 +67,7 @@ int main(int argc, char** argv) {
   MPI_Comm_size(MPI_COMM_WORLD, &size);
   const std::size_t count = argc > 1 ? static_cast<std::size_t>(std::atoi(argv[1])) : 129;
   const int rounds = argc > 2 ? std::atoi(argv[2]) : 1000;
-  const std::chrono::microseconds sleep(argc > 3 ? std::atoi(argv[3]) : 0);
+  const std::chrono::microseconds pause(argc > 3 ? std::atoi(argv[3]) : 0);
 
   MPI_Comm own;
   MPI_Comm_dup(MPI_COMM_WORLD, &own);
@@ -135,7 +135,7 @@ int main(int argc, char** argv) {
   for (int round = 0; round < rounds; ++round) {
     for (std::size_t way = 0; way < ways.size(); ++way) {
       MPI_Barrier(MPI_COMM_WORLD);
-      if (sleep.count() != 0) std::this_thread::sleep_for(sleep);
+      if (pause.count() != 0) std::this_thread::sleep_for(pause);
       const auto start = Clock::now();
       ways[way].second();
       times[way].push_back(Microseconds(start));

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the exchange, the all-reduce between processes, the kernels and a stress of each under GCC's sanitizers and runs them; then
-# runs tests inside MXNet with the library under AddressSanitizer.
+# Builds the exchange, the all-reduce between processes, the kernels and a stress of each under GCC's
+# sanitizers and runs them; then runs tests inside MXNet with the library under AddressSanitizer.
 #
 #   tests/sanitize/run.sh PYTHON MXNET_DIR [SEED]    (make sanitize)
 set -euo pipefail

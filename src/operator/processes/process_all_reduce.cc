@@ -175,7 +175,7 @@ void ProcessAllReduce::Run() {
     }
     const Clock::duration pause =
         waits ? std::min<Clock::duration>(idle / 8, kLongestPause) : Clock::duration(kIdlePause);
-    wake_.wait_for(lock, pause, [this] { return called_; });
+    if (wake_.wait_for(lock, pause, [this] { return called_; })) last_active = Clock::now();
     called_ = false;
   }
   std::vector<Finished> finished;
