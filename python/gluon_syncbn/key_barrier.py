@@ -94,11 +94,14 @@ def check_timeout_variable() -> None:
 def close_at_exit(*others: Callable[[], None]) -> None:
     """Fail what is incomplete when the process ends: MXNet waits at exit for what is pending.
 
+    Called again, it comes before what has been registered in between.
+
     Parameters
     ----------
     *others : callable
         Called after that; they may make more fail.
     """
+    atexit.unregister(_close)
     atexit.register(_close, others)
 
 

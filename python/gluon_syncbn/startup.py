@@ -15,7 +15,7 @@ def start() -> None:
     """Load the library and take part in MXNet's work from now on."""
     check_timeout_variable()
     LIBRARY.load()  # registers the operators with MXNet
-    close_at_exit(connection.end)
+    close_at_exit()
     connection.refuse_after_fork()
     random_state.watch_seeds()
     device_threads.forget_threads_after_fork()

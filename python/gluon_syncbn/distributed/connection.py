@@ -15,7 +15,7 @@ import sys
 import time
 from typing import Any
 
-from ..key_barrier import BARRIER, get_timeout
+from ..key_barrier import BARRIER, close_at_exit, get_timeout
 from ..processes import connect, disconnect
 from .mpi_library import load_mpi4py, mpi_library
 
@@ -52,6 +52,7 @@ class MpiConnection:
         BARRIER.connect(keys, self._library.Transport(self._handle))
         connect(keys, self)
         _open.append(self)
+        close_at_exit(end)  # before Horovod's end, which waits for all processes
 
     def number_call(self, key: str, call: int, use: int) -> None:
         """Note that all processes know a call of this process by the number ``use``."""
