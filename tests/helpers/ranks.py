@@ -26,6 +26,7 @@ ENVIRONMENT = {
     "OMPI_MCA_rmaps_base_oversubscribe": "1",  # Open MPI 4
     "OMPI_MCA_btl": "^ofi",  # Open MPI 5 takes a second longer to start with it
     "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": None,  # lines in one piece: launchers mix the pieces that ranks print
 }
 
 
@@ -57,7 +58,16 @@ needed = pytest.mark.skipif(
 )
 
 
+def _version():
+    return subprocess.run([MPIRUN, "--version"], capture_output=True, text=True).stdout
+
+
 def is_open_mpi_5():
     """Whether mpirun is Open MPI 5's."""
-    done = subprocess.run([MPIRUN, "--version"], capture_output=True, text=True)
-    return "Open MPI" in done.stdout and " 5." in done.stdout
+    version = _version()
+    return "Open MPI" in version and " 5." in version
+
+
+def is_mpich():
+    """Whether mpirun is MPICH's."""
+    return "HYDRA" in _version()
