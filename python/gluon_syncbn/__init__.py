@@ -5,7 +5,7 @@ from .compatibility import check_environment
 check_environment()
 
 # Only now: with another NumPy these fail in obscure ways, inside MXNet.
-from . import symbol  # noqa: E402
+from . import distributed, symbol  # noqa: E402
 from .centered_convolution import CenConv2d  # noqa: E402
 from .conversion import (  # noqa: E402
     ConversionError,
@@ -50,6 +50,7 @@ __all__ = [
     "convert_mabn",
     "convert_symbol",
     "convert_sync_batchnorm",
+    "distributed",
     "export_for_inference",
     "get_timeout",
     "parallel_backward",

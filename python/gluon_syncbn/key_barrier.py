@@ -69,6 +69,14 @@ class KeyBarrier:
         numbers = (ctypes.c_ulonglong * len(passes))(*passes)
         check(LIBRARY.BarrierAbort(self._handle, numbers, len(passes), why.encode()))
 
+    def connect(self, keys: list, transport: int | None) -> None:
+        """Let a transport carry these keys' rounds to other processes; None: they end here."""
+        check(LIBRARY.BarrierConnect(self._handle, *_strings(keys), transport))
+
+    def refuse(self, keys: list, why: str) -> None:
+        """Fail every later round of these keys."""
+        check(LIBRARY.BarrierRefuse(self._handle, *_strings(keys), why.encode()))
+
     def close(self, why: str) -> None:
         """Fail all rounds and every later arrival."""
         check(LIBRARY.BarrierClose(self._handle, why.encode()))

@@ -67,6 +67,11 @@ _SIGNATURES = {
         ctypes.c_int,
         [ctypes.c_void_p, ctypes.POINTER(ctypes.c_ulonglong), ctypes.c_int, ctypes.c_char_p],
     ),
+    "BarrierConnect": (
+        ctypes.c_int,
+        [ctypes.c_void_p, _STRINGS, ctypes.c_int, ctypes.c_void_p],
+    ),
+    "BarrierRefuse": (ctypes.c_int, [ctypes.c_void_p, _STRINGS, ctypes.c_int, ctypes.c_char_p]),
     "BarrierClose": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_char_p]),
     "BarrierSetTimeout": (None, [ctypes.c_void_p, ctypes.c_double]),
     "BarrierTimeout": (ctypes.c_double, [ctypes.c_void_p]),

@@ -20,6 +20,7 @@ from mxnet import autograd, ndarray
 from . import mxnet_private
 from .key_barrier import BARRIER
 from .library import LIBRARY, check
+from .processes import connection_of
 
 # The all-reduce of a layer, or a KeyBarrierSum.  `num_devices`: None if the pass determines it.
 # `statistics`: the Parameters that training updates, the moving mean first; () for KeyBarrierSum.
@@ -236,10 +237,16 @@ def _refuse_groups(exchanges):
 def _warn_of_loops(exchanges):
     """Warn once of a layer that is on several devices but was given no number of them."""
     global _warned
-    if _warned:
-        return
     for e in exchanges:
-        if e.num_devices is None and len(e.statistics[0].list_ctx()) > 1:
+        if e.num_devices is not None or len(e.statistics[0].list_ctx()) == 1:
+            continue
+        if connection_of(e.key) is not None:
+            raise RuntimeError(
+                f"{e.name} is attached to other processes and is on "
+                f"{len(e.statistics[0].list_ctx())} devices here; call the network through "
+                "ModelDataParallel, or give the layer num_devices"
+            )
+        if not _warned:
             _warned = True
             warnings.warn(
                 f"{e.name} is on {len(e.statistics[0].list_ctx())} devices and was given no "
@@ -249,7 +256,6 @@ def _warn_of_loops(exchanges):
                 UserWarning,
                 stacklevel=3,
             )
-            return
 
 
 def _recorded():

@@ -5,6 +5,7 @@ called here, once.
 """
 
 from .data_parallel import device_threads, random_state
+from .distributed import connection
 from .hooks import executors, gluon, initial_states, key_barrier_sum, mixed_precision
 from .key_barrier import check_timeout_variable, close_at_exit
 from .library import LIBRARY
@@ -14,6 +15,7 @@ def start() -> None:
     """Load the library and take part in MXNet's work from now on."""
     check_timeout_variable()
     LIBRARY.load()  # registers the operators with MXNet
+    connection.watch_process()  # at exit, after what comes next
     close_at_exit()
     random_state.watch_seeds()
     device_threads.forget_threads_after_fork()

@@ -59,6 +59,7 @@ from .networks import mark_changed
 from .numpy_arrays import either_kind
 from .operators import local_batch_norm, synchronized_batch_norm, weighted_batch_norm
 from .passes import Exchange, begin
+from .processes import connection_of
 
 _keys: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # layer -> its key
 _lock = threading.Lock()
@@ -483,9 +484,14 @@ default 'zeros' and 'ones'
         return key_of(self, self.prefix or self._alias())
 
     @property
+    def _stays_on_device(self):
+        one = 1 in (self.num_devices, self.group_size)
+        return one and connection_of(self.key) is None
+
+    @property
     def exchange(self) -> Exchange:
         """The layer's all-reduce, as a pass sees it."""
-        local = 1 in (self.num_devices, self.group_size) or settings(self)["use_global_stats"]
+        local = self._stays_on_device or settings(self)["use_global_stats"]
         return Exchange(
             self.name, self.key, self.num_devices, self.statistics, local, self.group_size
         )
@@ -534,7 +540,7 @@ default 'zeros' and 'ones'
         group_size = given["group_size"]
         if inference and given["track_running_stats"]:
             weights = None  # the moving statistics are used
-        if use_global_stats or 1 in (num_devices, group_size) or inference:
+        if use_global_stats or inference or self._stays_on_device:
             if weights is not None:
                 # Also where they mean nothing: Gluon infers shapes from a graph with all inputs.
                 return weighted_batch_norm(F, x, parameters, options, weights, use_global_stats)

@@ -13,6 +13,7 @@
 #include "adapter/passes.h"
 #include "exchange/key_barrier.h"
 #include "exchange/process_barrier.h"
+#include "exchange/refusing_transport.h"
 
 #define GLUON_SYNCBN_API extern "C" __attribute__((visibility("default")))
 
@@ -156,6 +157,28 @@ GLUON_SYNCBN_API unsigned long long GluonSyncBNBarrierFailures(Barrier barrier,
   unsigned long long failures = 0;
   for (const auto& key : Strings(keys, count)) failures += Get(barrier).Failures(key);
   return failures;
+}
+
+// Sets what carries these keys' rounds on to other processes: a std::shared_ptr<Transport>; null:
+// they end here.
+GLUON_SYNCBN_API int GluonSyncBNBarrierConnect(Barrier barrier, const char* const* keys, int count,
+                                               const void* transport) {
+  return Guarded([=] {
+    std::shared_ptr<gluon_syncbn::Transport> connection;
+    if (transport != nullptr) {
+      connection = *static_cast<const std::shared_ptr<gluon_syncbn::Transport>*>(transport);
+    }
+    for (const auto& key : Strings(keys, count)) Get(barrier).SetTransport(key, connection);
+  });
+}
+
+// Fails all rounds of these keys from now on.
+GLUON_SYNCBN_API int GluonSyncBNBarrierRefuse(Barrier barrier, const char* const* keys, int count,
+                                              const char* why) {
+  return Guarded([=] {
+    const auto refusing = std::make_shared<gluon_syncbn::RefusingTransport>(why);
+    for (const auto& key : Strings(keys, count)) Get(barrier).SetTransport(key, refusing);
+  });
 }
 
 // The following functions use the barrier of the process; arrays are MXNet's NDArrayHandles.

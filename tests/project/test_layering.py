@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "": set(),
     "conversion": {""},
     "data_parallel": {"", "conversion"},
+    "distributed": {"", "data_parallel"},
     "hooks": {"", "conversion", "data_parallel"},
 }
 # These join the folders together: what users import, and what happens when they do.

@@ -74,15 +74,18 @@ def _read_graph(block):
     return found
 
 
+def exchanges_of_block(block):
+    """List the all-reduces of a block, without what is below it."""
+    if isinstance(block, (SyncBatchNorm, MABN2d)):
+        return [block.exchange]
+    if not isinstance(block, SymbolBlock):
+        return []
+    graph = graph_of(block)
+    if block not in _read or _read[block][0] is not graph:
+        _read[block] = graph, _read_graph(block)
+    return _read[block][1]
+
+
 def exchanges_of(net):
     """List the all-reduces of a block and of everything below it, shared layers once."""
-    found = []
-    for block in blocks_of(net):
-        if isinstance(block, (SyncBatchNorm, MABN2d)):
-            found.append(block.exchange)
-        elif isinstance(block, SymbolBlock):
-            graph = graph_of(block)
-            if block not in _read or _read[block][0] is not graph:
-                _read[block] = graph, _read_graph(block)
-            found.extend(_read[block][1])
-    return found
+    return [e for block in blocks_of(net) for e in exchanges_of_block(block)]

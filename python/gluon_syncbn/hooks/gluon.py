@@ -15,9 +15,10 @@ import weakref
 
 from mxnet import autograd, context, ndarray
 
-from .. import mxnet_private, passes
+from .. import mxnet_private, passes, processes
 from ..conversion.fusing import fuse
 from ..conversion.graph import Graph
+from ..conversion.rewriting import EXCHANGES
 from ..data_parallel import random_state
 from ..data_parallel.device_threads import in_callers_thread
 from ..data_parallel.exchanges import exchanges_of
@@ -188,6 +189,9 @@ def _get_symbol(block, *args):
             if fuse(graph, gammas):
                 sym = graph.symbol()
                 mxnet_private.set_traced_graph(block, sym)
+        if processes.any_connected():
+            nodes = (node for node in Graph(sym).nodes if node.op in EXCHANGES)
+            processes.number_calls((n.attrs["key"], int(n.attrs.get("call", 0))) for n in nodes)
     return inputs, sym
 
 

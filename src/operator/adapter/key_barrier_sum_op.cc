@@ -39,8 +39,9 @@ struct KeyBarrierSumParam : public dmlc::Parameter<KeyBarrierSumParam> {
         .set_lower_bound(0)
         .describe(
             "How many devices take part; required. (In _syncbn_sum, 0 stands for the number of "
-            "devices of the ModelDataParallel, and outside of one for the number of visible GPUs, "
-            "or 1 if there is none.)");
+            "devices of the ModelDataParallel; outside of one, for 1 if the layer is synchronized "
+            "over "
+            "processes, and else for the number of visible GPUs, or 1 if there is none.)");
     DMLC_DECLARE_FIELD(call).set_default(0).describe(
         "Tells apart several uses of one key in one graph, which may run in any order. They are "
         "numbered when a Block is traced; in a symbol of your own, number them.");
@@ -55,8 +56,9 @@ std::string ContextName(const mxnet::Context& context) {
   return os.str();
 }
 
-int NumDevices(const KeyBarrierSumParam& param) {
-  return param.num_devices > 0 ? param.num_devices : std::max(VisibleGpus(), 1);
+int NumDevices(const KeyBarrierSumParam& param, const KeyBarrier& barrier) {
+  if (param.num_devices > 0) return param.num_devices;
+  return barrier.HasTransport(param.key) ? 1 : std::max(VisibleGpus(), 1);
 }
 
 // The message of a round that failed, with advice in the terms of MXNet and of the layer, which the
@@ -67,6 +69,9 @@ std::string Explain(const Result& result, const std::string& kind) {
       return result.error + " Give a KeyBarrierSum and a SyncBatchNorm layer different keys.";
     case Failure::kDifferentLength:
       return result.error + " For a SyncBatchNorm layer: the same number of channels.";
+    case Failure::kProcessDeadline:
+      return result.error +
+             " For a longer deadline, set GLUON_SYNCBN_TIMEOUT or call gluon_syncbn.set_timeout.";
     case Failure::kDeadline:
       break;
     default:
@@ -160,7 +165,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
   }
 
   void BeginForward() {
-    round_devices_ = NumDevices(param_);
+    round_devices_ = NumDevices(param_, *barrier_);
     if (!ForLayer()) {
       if (ticket_ == 0) pass_ = 0;  // created in an earlier pass: a graph with static_shape
       return;
@@ -173,9 +178,10 @@ class KeyBarrierSumOp : public mxnet::Operator {
   bool IsExchanged(const std::vector<double>& values, int num_devices) const {
     if (ForLayer() && !HasStatistics(values.back())) return false;
     if (!NaiveEngine()) return true;
-    if (num_devices == 1) return false;
+    if (num_devices == 1 && !barrier_->HasTransport(param_.key)) return false;
     Raise("NaiveEngine runs one operator at a time, so ", num_devices,
-          " devices cannot exchange anything; ", kUnsetNaive, ", or use num_devices=1.");
+          " devices cannot exchange anything, nor can processes; ", kUnsetNaive,
+          ", or use num_devices=1.");
   }
 
   Arrival NewArrival(std::vector<double> values) const {

@@ -143,8 +143,10 @@ void KeyBarrier::Join(Present present, Ended* ended) {
   if (!closed_.empty() || aborted != aborted_.end()) {
     Round refused{0, arrival.num_devices, Clock::now(), {}};
     CountFailure(arrival.key);
+    auto transport = TransportOf(arrival.key);
     refused.present.push_back(std::move(present));
-    ended->failed.push_back({std::move(refused), closed_.empty() ? aborted->second : closed_});
+    ended->failed.push_back({std::move(refused), closed_.empty() ? aborted->second : closed_,
+                             Failure::kOther, false, std::move(transport)});
     return;
   }
   const Phase phase{arrival.key, arrival.call, arrival.phase};
@@ -167,10 +169,11 @@ void KeyBarrier::Join(Present present, Ended* ended) {
   if (contradiction.failure != Failure::kNone) {
     std::string error = Describe(round->present.front().arrival) + contradiction.message;
     CountFailure(phase_key);
-    ended->failed.push_back({std::move(*round), std::move(error), contradiction.failure});
+    ended->failed.push_back({std::move(*round), std::move(error), contradiction.failure, false,
+                             TransportOf(phase_key)});
     rounds.erase(round);
   } else if (static_cast<int>(round->present.size()) >= round->num_devices) {
-    ended->complete.push_back(std::move(*round));
+    ended->complete.push_back({std::move(*round), TransportOf(phase_key)});
     rounds.erase(round);
   }
   if (rounds.empty()) open_.erase(phase);
@@ -178,7 +181,7 @@ void KeyBarrier::Join(Present present, Ended* ended) {
 
 void KeyBarrier::Notify(Ended ended) {
   Fail(std::move(ended.failed));
-  for (auto& round : ended.complete) Complete(std::move(round));
+  for (auto& complete : ended.complete) Complete(std::move(complete));
 }
 
 void KeyBarrier::SortByParticipant(std::vector<Present>* present) {
@@ -187,20 +190,60 @@ void KeyBarrier::SortByParticipant(std::vector<Present>* present) {
   });
 }
 
-void KeyBarrier::Complete(Round round) {
-  auto& present = round.present;
+void KeyBarrier::Complete(CompleteRound complete) {
+  auto& present = complete.round.present;
   SortByParticipant(&present);
   Arrival& first = present.front().arrival;
-  std::vector<double>& total = first.values;
+  std::vector<double> total = std::move(first.values);
   for (std::size_t i = 1; i < present.size(); ++i) {
     MergeInto(first.merge, present[i].arrival.values, &total);
   }
-  const Result result{&total, round.id, static_cast<int>(present.size()), ""};
-  for (auto& p : present) p.done(result);
+  const bool came_from_elsewhere = (first.phase & Transport::kElsewhere) != 0;
+  if (first.backward && came_from_elsewhere && complete.transport == nullptr) {
+    return FailFrom(
+        std::move(complete.round),
+        {nullptr, 0,
+         "its forward went through other processes, and it was detached from them since; run "
+         "forward and backward with the same processes",
+         false});
+  }
+  if (complete.transport == nullptr || (first.backward && !came_from_elsewhere)) {
+    return Succeed(complete.round, total, complete.round.id);
+  }
+  Contribution contribution{first.key,      first.call,
+                            first.backward, first.backward ? first.phase : 0,
+                            first.merge,    std::move(total)};
+  // Shared, because a std::function is copied.
+  const auto round = std::make_shared<Round>(std::move(complete.round));
+  complete.transport->AllReduce(std::move(contribution), [this, round](const Outcome& outcome) {
+    if (outcome.total != nullptr) return Succeed(*round, *outcome.total, outcome.round);
+    FailFrom(std::move(*round), outcome);
+  });
+}
+
+void KeyBarrier::Succeed(const Round& round, const std::vector<double>& total, std::uint64_t id) {
+  const Result result{&total, id, static_cast<int>(round.present.size()), ""};
+  for (const auto& p : round.present) p.done(result);
+}
+
+// Fails a round that was complete in this process.
+void KeyBarrier::FailFrom(Round round, const Outcome& outcome) {
+  const Arrival& first = round.present.front().arrival;
+  std::string error = Describe(first) + outcome.error + ".";
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    CountFailure(first.key);
+  }
+  const Failure failure = outcome.deadline ? Failure::kProcessDeadline : Failure::kOther;
+  std::vector<FailedRound> failed;
+  failed.push_back({std::move(round), std::move(error), failure, false, nullptr});
+  Fail(std::move(failed));
 }
 
 void KeyBarrier::Fail(std::vector<FailedRound> failed) {
   for (auto& f : failed) {
+    if (f.transport != nullptr)
+      f.transport->FailedHere(f.round.present.front().arrival.key, f.error);
     for (auto& p : f.round.present) {
       p.done(Result{nullptr, 0, 0, f.error, f.failure, f.shared_sender});
     }
@@ -230,8 +273,11 @@ std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
         for (const auto& p : round->present) os << ' ' << p.arrival.name;
         os << "; missing: " << round->num_devices - static_cast<int>(round->present.size())
            << " of " << round->num_devices << ".";
-        CountFailure(round->present.front().arrival.key);
-        taken.push_back({std::move(*round), os.str()});
+        const std::string& key = round->present.front().arrival.key;
+        CountFailure(key);
+        auto transport = TransportOf(key);
+        taken.push_back(
+            {std::move(*round), os.str(), Failure::kOther, false, std::move(transport)});
         round = rounds.erase(round);
       } else {
         ++round;
@@ -251,8 +297,10 @@ std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
     DropTicket({arrival.key, arrival.call, arrival.participant}, arrival.ticket);
     Round round{0, waiting->present.arrival.num_devices, waiting->since, {}};
     round.present.push_back(std::move(waiting->present));
-    CountFailure(round.present.front().arrival.key);
-    taken.push_back({std::move(round), error});
+    const std::string& key = round.present.front().arrival.key;
+    CountFailure(key);
+    auto transport = TransportOf(key);
+    taken.push_back({std::move(round), error, Failure::kOther, false, std::move(transport)});
     waiting = waiting_.erase(waiting);
   }
   return taken;
@@ -333,6 +381,25 @@ void KeyBarrier::CountFailure(const std::string& key) {
   ++notes_[key].failures;
 }
 
+void KeyBarrier::SetTransport(const std::string& key, std::shared_ptr<Transport> transport) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    notes_[key].transport.swap(transport);
+  }
+  // The one before is freed here, without the lock.
+}
+
+bool KeyBarrier::HasTransport(const std::string& key) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return TransportOf(key) != nullptr;
+}
+
+// The lock is held.
+std::shared_ptr<Transport> KeyBarrier::TransportOf(const std::string& key) const {
+  const auto notes = notes_.find(key);
+  return notes == notes_.end() ? nullptr : notes->second.transport;
+}
+
 void KeyBarrier::Close(const std::string& why) {
   std::vector<FailedRound> failed;
   {
@@ -344,12 +411,17 @@ void KeyBarrier::Close(const std::string& why) {
 }
 
 void KeyBarrier::SetTimeout(double seconds) {
+  std::set<std::shared_ptr<Transport>> transports;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     timeout_ = Seconds(seconds);
     next_look_ = Clock::now();  // the new deadline applies to open rounds as well
+    for (const auto& key_and_notes : notes_) {
+      if (key_and_notes.second.transport) transports.insert(key_and_notes.second.transport);
+    }
   }
   wake_.notify_all();
+  for (const auto& transport : transports) transport->SetTimeout(seconds);
 }
 
 double KeyBarrier::Timeout() const {

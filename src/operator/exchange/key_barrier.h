@@ -1,4 +1,5 @@
-// An asynchronous all-reduce between the devices of one process: the key-barrier sum exchange.
+// An asynchronous all-reduce between the devices of one process: the key-barrier sum exchange.  A
+// key with a transport (transport.h) goes on to the same key in other processes.
 //
 // Every participant contributes a vector under a key; when all have arrived, each gets the sum of
 // all vectors, or whatever else they are merged to (merge.h).  No thread ever waits: an arrival
@@ -13,6 +14,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <string>
@@ -22,6 +24,7 @@
 #include <vector>
 
 #include "exchange/merge.h"
+#include "exchange/transport.h"
 
 namespace gluon_syncbn {
 
@@ -52,6 +55,7 @@ enum class Failure {
   kDeadline,         // not all participants arrived in time
   kDifferentMerge,   // two arrivals want to be merged in different ways
   kDifferentLength,  // two arrivals have different numbers of values
+  kProcessDeadline,  // not all processes came in time
   kOther,
 };
 
@@ -114,12 +118,16 @@ class KeyBarrier {
   // be unable to arrive at the same time; if a deadline passes, Result says that they do.
   void SetSender(const std::string& key, std::uint64_t participant, std::uint64_t sender);
 
+  // Sets what carries this key's rounds on to other processes; null: nothing, they end here.
+  void SetTransport(const std::string& key, std::shared_ptr<Transport> transport);
+  bool HasTransport(const std::string& key) const;
+
   // Fails all open rounds and every later arrival: the process is ending.
   void Close(const std::string& why);
 
-  // Makes the barrier usable in the child after a fork, with no open round and no pass.  A fork
-  // copies it in whatever state it is, perhaps locked and half changed by a thread that the child
-  // does not have, so nothing but counters is read.  Read the timeout before the fork.
+  // Makes the barrier usable in the child after a fork, with no open round, pass or transport.  A
+  // fork copies it in whatever state it is, perhaps locked and half changed by a thread that the
+  // child does not have, so nothing but counters is read.  Read the timeout before the fork.
   void RestartInChild(double timeout_seconds);
 
   // Applies to open rounds as well.
@@ -147,11 +155,16 @@ class KeyBarrier {
     Clock::time_point opened;
     std::vector<Present> present;
   };
+  struct CompleteRound {
+    Round round;
+    std::shared_ptr<Transport> transport;
+  };
   struct FailedRound {
     Round round;
     std::string error;
     Failure failure = Failure::kOther;
     bool shared_sender = false;
+    std::shared_ptr<Transport> transport;  // that does not know yet
   };
   // What is known of a key besides its rounds.
   struct KeyNotes {
@@ -159,12 +172,13 @@ class KeyBarrier {
     std::set<std::uint64_t> announced;               // participants whose last pass is not 0
     std::map<std::uint64_t, std::uint64_t> senders;  // by participant
     std::uint64_t failures = 0;
+    std::shared_ptr<Transport> transport;
   };
   using Phase = std::tuple<std::string, int, std::uint64_t>;  // key, call, phase
   using Queue = std::tuple<std::string, int, std::uint64_t>;  // key, call, participant
   // Rounds that end while the lock is held; their participants are notified after that.
   struct Ended {
-    std::vector<Round> complete;
+    std::vector<CompleteRound> complete;
     std::vector<FailedRound> failed;
   };
 
@@ -172,11 +186,14 @@ class KeyBarrier {
   void DropTicket(const Queue& queue, std::uint64_t ticket);
   void Advance(Ended* ended);
   void Join(Present present, Ended* ended);
-  static void Notify(Ended ended);
+  void Notify(Ended ended);
   static void SortByParticipant(std::vector<Present>* present);
-  static void Complete(Round round);
+  void Complete(CompleteRound complete);
+  static void Succeed(const Round& round, const std::vector<double>& total, std::uint64_t id);
+  void FailFrom(Round round, const Outcome& outcome);
   static void Fail(std::vector<FailedRound> failed);
   void CountFailure(const std::string& key);
+  std::shared_ptr<Transport> TransportOf(const std::string& key) const;
   bool SharesSender(const std::string& key) const;
   static std::string Describe(const Arrival& first);
   template <typename Predicate>

