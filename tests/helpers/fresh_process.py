@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 
-def run(script, *arguments, timeout=120, status=0, cwd=None, **environment):
+def run(script, *arguments, timeout=120, status=0, cwd=None, command=None, **environment):
     """Run ``script`` in a fresh interpreter that finds the same modules as this one.
 
     Parameters
@@ -27,6 +27,8 @@ def run(script, *arguments, timeout=120, status=0, cwd=None, **environment):
         any.
     cwd : path, optional
         The working directory.
+    command : list of str, optional
+        What runs the script; this interpreter by default.
     **environment : str or None
         Environment variables to set; None removes one.
 
@@ -49,7 +51,7 @@ def run(script, *arguments, timeout=120, status=0, cwd=None, **environment):
     }
     source = [script] if isinstance(script, pathlib.Path) else ["-c", script]
     process = subprocess.Popen(
-        [sys.executable, *map(str, [*source, *arguments])],
+        [*(command or [sys.executable]), *map(str, [*source, *arguments])],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -76,8 +76,8 @@ def check_alike(names: tuple, descriptions: tuple) -> None:
     for name, other in zip(names, descriptions):
         if len(other) != len(first):
             raise ValueError(
-                f"the networks differ: {names[0]} has {len(first)} synchronized layers, but {name} "
-                f"has {len(other)}; attach the same network on every rank"
+                f"the networks differ in their number of synchronized layers: {names[0]} has "
+                f"{len(first)}, but {name} has {len(other)}; attach the same network on every rank"
             )
         for place, ((layer, channels), (other_layer, other_channels)) in enumerate(
             zip(first, other)

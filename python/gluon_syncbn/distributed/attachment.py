@@ -6,6 +6,7 @@ import socket
 import weakref
 from typing import Any
 
+from mxnet import MXNetError, ndarray
 from mxnet.gluon import Block, SymbolBlock
 
 from .. import mxnet_private
@@ -179,12 +180,18 @@ def attach(net: Any, comm: Any = None) -> None:
 def detach(net: Any) -> None:
     """Let a network be synchronized over the devices of this process alone again.
 
-    Every process calls it, between two steps; it does not wait for the others.
+    Every process calls it.  The steps under way are completed first.
 
     Parameters
     ----------
     net : Block or ModelDataParallel
         A network that is not attached is left as it is.
+
+    Raises
+    ------
+    mxnet.MXNetError
+        If something that MXNet still had to do has failed, other than an exchange of this network
+        that failed because of an earlier one.
 
     Examples
     --------
@@ -198,7 +205,14 @@ def detach(net: Any) -> None:
     connection = _attached.pop(net, None)
     if connection is None:
         return
-    connection.close()
+    error = None
+    try:
+        ndarray.waitall()
+    except MXNetError as e:
+        error = e
+    had_failed = connection.close()
+    if error is not None and not had_failed:
+        raise error
     for block in blocks_of(net):
         if isinstance(block, (SyncBatchNorm, MABN2d, SymbolBlock)):
             mark_changed(block)

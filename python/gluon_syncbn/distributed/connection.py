@@ -1,6 +1,10 @@
 """A network's connection to the same network in other processes, from attach to detach.
 
 Connections end before MPI does, and do not exist in a forked process.
+
+After a failure, MPI may not end: ``MPI_Finalize`` waits for all processes, and one that stands
+still never comes.  So where a connection has failed, the program ends with MPI only once the other
+processes have said goodbye, and by ``MPI_Abort`` if they have not by the deadline.
 """
 
 from __future__ import annotations
@@ -8,12 +12,15 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import sys
+import time
 from typing import Any
 
 from ..key_barrier import BARRIER, get_timeout
 from ..processes import connect, disconnect
-from .mpi_library import mpi_library
+from .mpi_library import load_mpi4py, mpi_library
 
+_failed: list = []  # handles of connections that failed
 _open: list = []  # they outlive their networks, which Python's garbage collector frees at any time
 
 
@@ -55,23 +62,39 @@ class MpiConnection:
         """Say whether this process contributes nothing to what it takes part in."""
         self._library.SetSilent(self._handle, silent)
 
-    def close(self, why: str = "the network was detached") -> None:
-        """End the connection; what waits in it fails."""
+    def close(self, why: str = "the network was detached") -> bool:
+        """End the connection; what waits in it fails.  Returns whether something had failed."""
         if self._handle is None or os.getpid() != self._process:
-            return
+            return False
         handle, self._handle = self._handle, None
         _open.remove(self)
         disconnect(self.keys)
         BARRIER.connect(self.keys, None)
-        self._library.Detach(handle, why.encode())
+        if self._library.Stop(handle, why.encode()):
+            _failed.append(handle)
+            return True
+        self._library.Free(handle)
+        return False
 
 
-def _close_all():
+def _end():
     for connection in list(_open):
         connection.close("the program has ended")
+    library = mpi_library() if _failed else None
+    until = time.monotonic() + get_timeout()
+    for handle in _failed:
+        if not library.WaitForGoodbyes(handle, max(0.0, until - time.monotonic())):
+            print(
+                "gluon_syncbn: an exchange with other processes failed, and not all of them have "
+                f"ended within {get_timeout():g} s after this one; aborting the job",
+                file=sys.stderr,
+                flush=True,
+            )
+            load_mpi4py().COMM_WORLD.Abort(1)
 
 
 def _refuse_in_child():
+    _failed.clear()
     for connection in _open:
         BARRIER.refuse(
             connection.keys,
@@ -82,5 +105,5 @@ def _refuse_in_child():
 
 def watch_process() -> None:
     """Close connections when the program ends; called by ``startup``."""
-    atexit.register(_close_all)
+    atexit.register(_end)
     os.register_at_fork(after_in_child=_refuse_in_child)

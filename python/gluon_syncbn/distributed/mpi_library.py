@@ -30,7 +30,9 @@ _SIGNATURES = {
     "Transport": (ctypes.c_void_p, [ctypes.c_void_p]),
     "NumberCall": (None, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_int]),
     "SetSilent": (None, [ctypes.c_void_p, ctypes.c_int]),
-    "Detach": (None, [ctypes.c_void_p, ctypes.c_char_p]),
+    "Stop": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_char_p]),
+    "WaitForGoodbyes": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_double]),
+    "Free": (None, [ctypes.c_void_p]),
 }
 
 

@@ -229,7 +229,8 @@ void KeyBarrier::Succeed(const Round& round, const std::vector<double>& total, s
 // Fails a round that was complete in this process.
 void KeyBarrier::FailFrom(Round round, const Outcome& outcome) {
   const Arrival& first = round.present.front().arrival;
-  std::string error = Describe(first) + outcome.error + ".";
+  std::string error = Describe(first) + outcome.error;
+  if (error.back() != '.') error += '.';
   {
     std::lock_guard<std::mutex> lock(mutex_);
     CountFailure(first.key);

@@ -90,10 +90,25 @@ GLUON_SYNCBN_API void GluonSyncBNMpiSetSilent(void* attachment, int silent) {
   static_cast<Attachment*>(attachment)->all_reduce->SetSilent(silent != 0);
 }
 
-// Stops and frees an attachment.
-GLUON_SYNCBN_API void GluonSyncBNMpiDetach(void* handle, const char* why) {
+// Stops an attachment; returns whether it had failed.
+GLUON_SYNCBN_API int GluonSyncBNMpiStop(void* attachment, const char* why) {
+  auto& all_reduce = *static_cast<Attachment*>(attachment)->all_reduce;
+  all_reduce.Stop(why);
+  return all_reduce.failed() ? 1 : 0;
+}
+
+// Of one that was stopped: returns whether the other processes have stopped theirs within
+// `seconds`.
+GLUON_SYNCBN_API int GluonSyncBNMpiWaitForGoodbyes(void* attachment, double seconds) {
+  int finalized = 0;
+  MPI_Finalized(&finalized);
+  if (finalized) return 1;
+  return static_cast<Attachment*>(attachment)->all_reduce->WaitForGoodbyes(seconds) ? 1 : 0;
+}
+
+// Frees one that was stopped.
+GLUON_SYNCBN_API void GluonSyncBNMpiFree(void* handle) {
   std::unique_ptr<Attachment> attachment{static_cast<Attachment*>(handle)};
-  attachment->all_reduce->Stop(why);
   int finalized = 0;
   MPI_Finalized(&finalized);
   if (finalized) return;

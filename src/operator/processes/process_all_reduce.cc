@@ -37,14 +37,14 @@ std::uint64_t NewInstance() {
 
 ProcessAllReduce::ProcessAllReduce(std::unique_ptr<Mail> mail, std::vector<std::string> keys,
                                    std::vector<std::string> names, double timeout_seconds)
-    : mail_(std::move(mail)),
-      rank_(mail_->rank()),
-      size_(mail_->size()),
+    : rank_(mail->rank()),
+      size_(mail->size()),
       keys_(std::move(keys)),
       names_(std::move(names)),
       steps_(RecursiveDoubling(rank_, size_)),
       instance_(NewInstance()),
-      timeout_(timeout_seconds) {
+      timeout_(timeout_seconds),
+      mail_(std::move(mail)) {
   for (std::size_t i = 0; i < keys_.size(); ++i) {
     places_[keys_[i]] = static_cast<std::uint32_t>(i);
   }
@@ -87,11 +87,11 @@ void ProcessAllReduce::AllReduce(Contribution contribution,
       new_.emplace_back(id, std::move(exchange));
     }
   }
-  if (error.empty()) {
-    wake_.notify_one();
-  } else {
-    done({nullptr, 0, error, false});
-  }
+  if (!error.empty()) return done({nullptr, 0, error, false});
+  std::vector<Finished> finished;
+  const bool all_done = WorkIfNobodyDoes(&finished);
+  if (!all_done) Call();
+  Deliver(std::move(finished));
 }
 
 void ProcessAllReduce::FailedHere(const std::string& key, const std::string& why) {
@@ -101,7 +101,7 @@ void ProcessAllReduce::FailedHere(const std::string& key, const std::string& why
     if (!failed_.empty() || !failed_here_.empty()) return;
     failed_here_ = why;
   }
-  wake_.notify_one();
+  Call();
 }
 
 void ProcessAllReduce::SetTimeout(double seconds) {
@@ -109,7 +109,7 @@ void ProcessAllReduce::SetTimeout(double seconds) {
     std::lock_guard<std::mutex> lock(mutex_);
     timeout_ = seconds;
   }
-  wake_.notify_one();
+  Call();
 }
 
 void ProcessAllReduce::NumberCall(const std::string& key, int call, int use) {
@@ -129,35 +129,45 @@ void ProcessAllReduce::Stop(const std::string& why) {
     std::lock_guard<std::mutex> lock(mutex_);
     stopping_ = why;
   }
-  wake_.notify_one();
+  Call();
   thread_.join();
 }
 
+// Works unless another thread does; returns whether nothing is left to do.
+bool ProcessAllReduce::WorkIfNobodyDoes(std::vector<Finished>* finished) {
+  std::unique_lock<std::mutex> work(work_mutex_, std::try_to_lock);
+  if (!work.owns_lock()) return false;
+  Work();
+  finished->swap(finished_);
+  return open_.empty();
+}
+
+void ProcessAllReduce::Call() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    called_ = true;
+  }
+  wake_.notify_one();
+}
+
 void ProcessAllReduce::Run() {
-  Clock::time_point last_active = Clock::now(), next_look = last_active;
+  Clock::time_point last_active = Clock::now();
   for (;;) {
-    bool active = false, stop = false;
-    try {
+    bool active = false, waits = false;
+    std::vector<Finished> finished;
+    {
+      std::lock_guard<std::mutex> work(work_mutex_);
       active = Work();
-      const Clock::time_point now = Clock::now();
-      if (now >= next_look) {
-        LookForLateOnes();
-        next_look = now + kIdlePause;
-      }
-    } catch (const std::exception& e) {
-      FailAll(std::string("the connection to other processes broke: ") + e.what(), false, false);
+      waits = !open_.empty();
+      finished.swap(finished_);
     }
-    Deliver();
-    std::unique_lock<std::mutex> lock(mutex_);
-    stop = !stopping_.empty();
-    if (stop) break;
+    active |= !finished.empty();
+    Deliver(std::move(finished));
     const Clock::time_point now = Clock::now();
-    if (active) {
-      last_active = now;
-      continue;
-    }
+    if (active) last_active = now;
     const auto idle = now - last_active;
-    const bool waits = !open_.empty();
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (!stopping_.empty()) break;
     if (waits && idle < kSpin) {
       lock.unlock();
       std::this_thread::yield();
@@ -165,20 +175,36 @@ void ProcessAllReduce::Run() {
     }
     const Clock::duration pause =
         waits ? std::min<Clock::duration>(idle / 8, kLongestPause) : Clock::duration(kIdlePause);
-    wake_.wait_for(lock, pause,
-                   [this] { return !new_.empty() || !failed_here_.empty() || !stopping_.empty(); });
+    wake_.wait_for(lock, pause, [this] { return called_; });
+    called_ = false;
   }
-  SayGoodbye();
+  std::vector<Finished> finished;
+  {
+    std::lock_guard<std::mutex> work(work_mutex_);
+    SayGoodbye();
+    finished.swap(finished_);
+  }
+  Deliver(std::move(finished));
 }
 
-// Does what there is to do, if anything.
+// Does what there is to do; returns whether there was anything.
 bool ProcessAllReduce::Work() {
-  bool active = TakeNew();
-  int from = 0;
-  std::string message;
-  while (mail_->Receive(&from, &message)) {
-    Handle(from, message);
-    active = true;
+  bool active = false;
+  try {
+    active = TakeNew();
+    int from = 0;
+    std::string message;
+    while (mail_->Receive(&from, &message)) {
+      Handle(from, message);
+      active = true;
+    }
+    const Clock::time_point now = Clock::now();
+    if (now >= next_look_) {
+      LookForLateOnes();
+      next_look_ = now + kIdlePause;
+    }
+  } catch (const std::exception& e) {
+    FailAll(std::string("the connection to other processes broke: ") + e.what(), false, false);
   }
   return active;
 }
@@ -412,19 +438,21 @@ void ProcessAllReduce::Send(int to, const Header& header, const void* body, std:
 
 void ProcessAllReduce::SendToOthers(const Header& header, const std::string& text) {
   for (int rank = 0; rank < size_; ++rank) {
-    if (rank != rank_ && left_.count(rank) == 0) Send(rank, header, text.data(), text.size());
+    const bool wants = left_.count(rank) == 0 || header.kind == Kind::kLeft;
+    if (rank != rank_ && wants) Send(rank, header, text.data(), text.size());
   }
 }
 
 std::string ProcessAllReduce::NameOf(const Id& id) const {
-  const std::string key = id.key < keys_.size() ? keys_[id.key] : "?";
-  return std::string("the ") + (id.backward ? "backward" : "forward") + " exchange of '" + key +
-         "'";
+  std::ostringstream os;
+  os << "the " << (id.backward ? "backward" : "forward") << " exchange of '"
+     << (id.key < keys_.size() ? keys_[id.key] : "?") << "' (number " << id.number;
+  if (id.use != 0) os << " of its use " << id.use;
+  os << ')';
+  return os.str();
 }
 
-void ProcessAllReduce::Deliver() {
-  std::vector<Finished> finished;
-  finished.swap(finished_);
+void ProcessAllReduce::Deliver(std::vector<Finished> finished) {
   for (auto& f : finished) {
     const bool succeeded = f.error.empty();
     f.exchange.done(
@@ -440,19 +468,38 @@ void ProcessAllReduce::SayGoodbye() {
   }
   try {
     TakeNew();
-    if (open_.empty()) {
-      Header header;
-      header.kind = Kind::kLeft;
-      SendToOthers(header, "");
-    } else {
-      FailAll(why, false, true);
-    }
+    if (!open_.empty()) FailAll(why, false, true);
+    Header header;
+    header.kind = Kind::kLeft;
+    SendToOthers(header, "");
     const Clock::time_point end = Clock::now() + kPatience;
     while (!mail_->Sent() && Clock::now() < end) std::this_thread::yield();
   } catch (const std::exception&) {
     FailAll(why, false, false);
   }
-  Deliver();
+}
+
+bool ProcessAllReduce::failed() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return !failed_.empty();
+}
+
+bool ProcessAllReduce::WaitForGoodbyes(double seconds) {
+  const auto end = Clock::now() + std::chrono::duration<double>(seconds);
+  std::lock_guard<std::mutex> work(work_mutex_);
+  try {
+    while (static_cast<int>(left_.size()) < size_ - 1 && Clock::now() < end) {
+      int from = 0;
+      std::string message;
+      if (mail_->Receive(&from, &message)) {
+        Handle(from, message);
+      } else {
+        std::this_thread::sleep_for(kIdlePause);
+      }
+    }
+  } catch (const std::exception&) {
+  }
+  return static_cast<int>(left_.size()) == size_ - 1;
 }
 
 }  // namespace gluon_syncbn

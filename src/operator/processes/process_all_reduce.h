@@ -1,8 +1,10 @@
 // The transport between processes: each brings what its devices have merged, and gets the total.
 //
 // Messages say which exchange they belong to, so layers may come in different orders on different
-// processes.  One thread sends and receives; nothing waits for it.  Vectors are merged as
-// recursive_doubling.h says, so the total is the same, bit for bit, on every process and every run.
+// processes.  A thread sends and receives, and so does whoever brings something, if the thread is
+// not just doing it: what the others have sent already needs no other thread.  Nothing waits.
+// Vectors are merged as recursive_doubling.h says, so the total is the same, bit for bit, on every
+// process and every run.
 //
 // An exchange that is incomplete at the deadline fails, with a message that names who is missing,
 // for which the processes ask each other.  After a failure they may no longer agree on which
@@ -52,6 +54,8 @@ class ProcessAllReduce : public Transport {
   // Says goodbye and stops the thread.  What is incomplete fails.
   void Stop(const std::string& why);
   bool failed() const;
+  // After Stop: waits until the others have said goodbye, too, and returns whether they have.
+  bool WaitForGoodbyes(double seconds);
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -101,7 +105,9 @@ class ProcessAllReduce : public Transport {
   };
 
   void Run();
+  void Call();
   bool Work();
+  bool WorkIfNobodyDoes(std::vector<Finished>* finished);
   bool TakeNew();
   void Begin(const Id& id, Exchange exchange);
   void Handle(int from, const std::string& message);
@@ -114,10 +120,9 @@ class ProcessAllReduce : public Transport {
   void Send(int to, const Header& header, const void* body, std::size_t bytes);
   void SendToOthers(const Header& header, const std::string& text);
   std::string NameOf(const Id& id) const;
-  void Deliver();
+  static void Deliver(std::vector<Finished> finished);
   void SayGoodbye();
 
-  const std::unique_ptr<Mail> mail_;  // used by the thread alone
   const int rank_, size_;
   const std::vector<std::string> keys_, names_;
   const std::vector<Step> steps_;
@@ -135,8 +140,11 @@ class ProcessAllReduce : public Transport {
   std::string stopping_;     // why the thread should stop
   double timeout_;
   bool silent_ = false;
+  bool called_ = false;  // the thread is to work
 
-  // The thread's own.
+  // Of whoever works.
+  std::mutex work_mutex_;  // taken before mutex_
+  const std::unique_ptr<Mail> mail_;
   std::map<Id, std::deque<Exchange>> open_;  // those with one id run one after the other
   std::map<Id, std::deque<Part>> parts_;     // received, and not merged yet
   std::map<Id, Inquiry> inquiries_;
@@ -145,6 +153,7 @@ class ProcessAllReduce : public Transport {
   std::string last_;                       // the exchange that this process came to last
   std::map<int, Clock::time_point> left_;  // ranks that have said goodbye
   std::vector<Finished> finished_;         // to be told
+  Clock::time_point next_look_{};          // for late ones
 
   std::mutex stop_mutex_;  // around joining the thread
   std::thread thread_;
