@@ -92,7 +92,11 @@ def check_timeout_variable() -> None:
 
 
 def close_at_exit() -> None:
-    """Fail what is incomplete when the process ends: MXNet waits at exit for what is pending."""
+    """Fail what is incomplete when the process ends: MXNet waits at exit for what is pending.
+
+    Called again, it comes before what has been registered in between.
+    """
+    atexit.unregister(_close)
     atexit.register(_close)
 
 

@@ -16,7 +16,7 @@ import sys
 import time
 from typing import Any
 
-from ..key_barrier import BARRIER, get_timeout
+from ..key_barrier import BARRIER, close_at_exit, get_timeout
 from ..processes import connect, disconnect
 from .mpi_library import load_mpi4py, mpi_library
 
@@ -53,6 +53,7 @@ class MpiConnection:
         BARRIER.connect(keys, self._library.Transport(self._handle))
         connect(keys, self)
         _open.append(self)
+        _end_first()
 
     def number_call(self, key: str, call: int, use: int) -> None:
         """Note that all processes know a call of this process by the number ``use``."""
@@ -91,6 +92,16 @@ def _end():
                 flush=True,
             )
             load_mpi4py().COMM_WORLD.Abort(1)
+
+
+def _end_first():
+    """Let connections end before what has been initialized by now.
+
+    Horovod's end waits for all processes, also for those that an exchange has failed for.
+    """
+    atexit.unregister(_end)
+    atexit.register(_end)
+    close_at_exit()  # which comes before
 
 
 def _refuse_in_child():
