@@ -8,6 +8,7 @@ MXNET_VERSION := $(shell sed -n 's/^MXNET = "\(.*\)"/\1/p' $(COMPATIBILITY))
 VENV ?= .venv$(if $(filter-out mxnet,$(MXNET)),-$(MXNET))
 BIN := $(VENV)/bin
 CU112 := .venv-cu112
+HOROVOD := .venv-horovod
 LIBRARY := python/gluon_syncbn/libgluon_syncbn.so
 SOURCES := CMakeLists.txt $(shell find src/operator -type f)
 CXX_FILES := $(shell find src/operator tests benchmarks -name "*.h" -o -name "*.inc" -o -name "*.c" -o -name "*.cc" -o -name "*.cu*")
@@ -54,6 +55,9 @@ gluoncv: build  ## put GluonCV into .venv-gluoncv and test it with our layers, s
 	$(PYTHON) -m venv .venv-gluoncv
 	.venv-gluoncv/bin/python -m pip install --quiet --no-deps -r tests/data_parallel/requirements-gluoncv.txt
 	PYTHONPATH=python .venv-gluoncv/bin/python -m pytest tests/data_parallel/test_gluoncv.py $(TEST_ARGS)
+
+horovod: build $(HOROVOD)/ready  ## build Horovod in .venv-horovod and test it with our layers, 3 minutes
+	PYTHONPATH="$(abspath python)" $(HOROVOD)/bin/python -m pytest tests/distributed/test_horovod.py $(TEST_ARGS)
 
 cu112: build $(CU112)/ready  ## test our CPU side in mxnet-cu112, with or without a GPU; downloads 500 MB
 	PYTHONPATH="$(abspath python)" GLUON_SYNCBN_TEST_CU112=1 \
@@ -103,7 +107,7 @@ format: $(VENV)/ready  ## format Python and C++
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist out docs/_build .mypy_cache python/gluon_syncbn/*.so python/*.egg-info
 
-.PHONY: help train finetune segmentation small_batch notebook test build bench gluoncv cu112 emulated torch docs wheel sanitize lint format clean
+.PHONY: help train finetune segmentation small_batch notebook test build bench gluoncv horovod cu112 emulated torch docs wheel sanitize lint format clean
 
 $(CU112)/ready: requirements.txt tests/helpers/cuda_standins.py
 	$(PYTHON) -m venv $(CU112)
@@ -126,6 +130,18 @@ $(LIBRARY): $(VENV)/ready $(SOURCES)
 
 $(VENV)/docs-ready: $(VENV)/ready docs/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	touch $@
+
+# Horovod finds MXNet by importing it, so it is built in this environment, without isolation.  pip's
+# cache is left out because it would not notice other options, nor another MXNet or MPI.
+$(HOROVOD)/ready: tests/distributed/requirements-horovod.txt
+	$(PYTHON) -m venv $(HOROVOD)
+	$(HOROVOD)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	PATH="$(abspath $(HOROVOD)/bin):$$PATH" MAKEFLAGS="-j$$(nproc)" \
+	  HOROVOD_WITH_MXNET=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_PYTORCH=1 \
+	  HOROVOD_WITH_MPI=1 HOROVOD_WITHOUT_GLOO=1 \
+	  $(HOROVOD)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --no-cache-dir --no-build-isolation --no-binary horovod horovod==0.28.1
 	touch $@
 
 # The package itself is put on the path, not copied, so that a change needs no installation.

@@ -10,7 +10,6 @@ import argparse
 import datetime
 import os
 import pathlib
-import shutil
 import statistics
 import subprocess
 import sys
@@ -18,21 +17,26 @@ import sys
 from run import processor
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests" / "helpers"))
-from ranks import ENVIRONMENT  # noqa: E402
+from ranks import ENVIRONMENT, MPIRUN  # noqa: E402
 
 RANKS = 2, 4
 CHANNELS = 64, 512, 2048
 
 
-def run(arguments, ranks, values, pause):
-    """Return {way: median microseconds} of one job."""
-    done = subprocess.run(
-        [shutil.which("mpirun"), "-n", str(ranks), arguments.program]
-        + [str(values), str(arguments.rounds), str(pause)],
+def launch(ranks, *command, **options):
+    return subprocess.run(
+        [MPIRUN, "-n", str(ranks), *map(str, command)],
         env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
         text=True,
         check=True,
+        **options,
+    )
+
+
+def run(arguments, ranks, values, pause):
+    """Return {way: median microseconds} of one job."""
+    done = launch(
+        *(ranks, arguments.program, values, arguments.rounds, pause), stdout=subprocess.PIPE
     )
     rows = (line.split("\t") for line in done.stdout.splitlines())
     return {way: float(time) for way, time in rows}
@@ -63,6 +67,10 @@ def main():
                     print(f"  {way:38} {spread([job[way] for job in jobs])}")
                 more = [job["exchange"] - job["MPI_Allreduce"] for job in jobs]
                 print(f"  {'exchange beyond MPI_Allreduce':38} {spread(more)}")
+    print("\nIts share of a training step:")
+    network = pathlib.Path(__file__).with_name("ranks_network.py")
+    for ranks in (1, *RANKS):
+        launch(ranks, sys.executable, network)
 
 
 if __name__ == "__main__":

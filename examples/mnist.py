@@ -25,13 +25,19 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 
 
-def common_arguments(doc, **defaults):
-    """Make a parser of the arguments that every training takes; ``defaults`` override these."""
+def common_arguments(doc, num_devices=2, **defaults):
+    """Make a parser of the arguments that every training takes; ``defaults`` override these.
+
+    ``num_devices=None`` is for trainings whose launcher decides that.
+    """
     parser = argparse.ArgumentParser(
         description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--epochs", type=int, default=8, help="passes over the training data")
-    parser.add_argument("--num-devices", type=int, default=2, help="number of devices")
+    if num_devices is not None:
+        parser.add_argument(
+            "--num-devices", type=int, default=num_devices, help="number of devices"
+        )
     parser.add_argument("--ctx", choices=["cpu", "gpu"], default="cpu", help="kind of device")
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
@@ -40,9 +46,9 @@ def common_arguments(doc, **defaults):
     return parser
 
 
-def training_arguments(doc, **defaults):
+def training_arguments(doc, num_devices=2, **defaults):
     """Make a parser of the arguments of a training with batches of a given size."""
-    parser = common_arguments(doc)
+    parser = common_arguments(doc, num_devices)
     parser.add_argument("--batch-size", type=int, default=64, help="total over all devices")
     parser.set_defaults(**defaults)
     return parser
@@ -51,13 +57,13 @@ def training_arguments(doc, **defaults):
 def parse(parser, argv, positive=("epochs", "batch_size", "num_devices")):
     arguments = parser.parse_args(argv)
     for name in positive:
-        if getattr(arguments, name) < 1:
+        if getattr(arguments, name, 1) < 1:
             parser.error(f"--{name.replace('_', '-')} must be 1 or more")
     return arguments
 
 
-def parse_arguments(argv=None):
-    parser = training_arguments(__doc__)
+def parse_arguments(argv=None, doc=__doc__, **defaults):
+    parser = training_arguments(doc, **defaults)
     parser.add_argument(
         "--dataset", choices=["digits", "mnist"], default="digits", help="mnist: downloaded"
     )

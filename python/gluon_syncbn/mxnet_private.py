@@ -119,6 +119,11 @@ def move_trainer(trainer: Any, contexts: list) -> None:
     trainer._updaters = [optimizer.get_updater(trainer._optimizer) for _ in contexts]
 
 
+def has_own_initialization(parameter: Any) -> bool:
+    """Whether a program has given a parameter another way to be initialized, as Horovod does."""
+    return "_init_impl" in vars(parameter)
+
+
 def publish_initialized(parameter: Any, ready: Any) -> None:
     """Make a parameter what its initialized copy is; other threads see all of it or nothing."""
     state = vars(ready)

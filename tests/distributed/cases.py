@@ -507,6 +507,29 @@ def attached_again_and_detached():
     np.testing.assert_allclose(mean_after_a_step(), RANK, atol=1e-5)
 
 
+@case(2)
+def attached_after_it_was_traced():
+    """As a layer of one device it is another operator in the graph."""
+    layer = SyncBatchNorm(in_channels=2, num_devices=1)
+    net = nn.HybridSequential()
+    net.add(layer)
+    net.initialize()
+    net.hybridize(**STATIC)
+    x = mx.nd.full((3, 2), RANK)
+    means = []
+    for step in range(3):
+        if step == 1:
+            distributed.attach(net)
+        if step == 2:
+            WORLD.Barrier()
+            distributed.detach(net)
+        layer.running_mean.set_data(mx.nd.zeros(2))
+        with autograd.record():
+            net(x).wait_to_read()
+        means.append(layer.running_mean.data().asnumpy()[0] * 10)
+    np.testing.assert_allclose(means, [RANK, 0.5, RANK], atol=1e-5)
+
+
 @contextlib.contextmanager
 def timeout(seconds):
     before = gluon_syncbn.get_timeout()

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import types
 import weakref
 
 import mxnet as mx
@@ -98,6 +99,20 @@ def test_a_parameter_is_never_seen_half_initialized(monkeypatch, two):
     assert weight._data is not None and not weight._deferred_init
     assert [g.context for g in weight.list_grad()] == two
     assert [d.grad is not None for d in weight.list_data()] == [True, True]
+
+
+def test_a_parameter_with_another_way_to_be_initialized():
+    """hvd.broadcast_parameters wraps that of deferred parameters, one by one, as here."""
+    layer = nn.Dense(3)
+    layer.initialize(mx.init.One())
+    usual = layer.weight._init_impl
+
+    def broadcast(self, data, ctx_list):
+        usual(data, ctx_list)
+        self.data()[:] = 5
+
+    layer.weight._init_impl = types.MethodType(broadcast, layer.weight)
+    assert layer(mx.nd.ones((1, 2))).asnumpy().tolist() == [[10, 10, 10]]
 
 
 def test_gluon_traces_and_initializes_in_the_callers_thread(two):

@@ -3,7 +3,7 @@
 import re
 
 import gluon_syncbn
-from gluon_syncbn import estimator, symbol
+from gluon_syncbn import distributed, estimator, symbol
 from paths import ROOT
 
 
@@ -14,7 +14,9 @@ def documented():
 
 
 def test_every_public_name_is_in_the_api_reference():
-    public = {f"gluon_syncbn.{name}" for name in gluon_syncbn.__all__ if name != "symbol"}
-    public |= {f"gluon_syncbn.symbol.{name}" for name in symbol.__all__}
+    modules = {"symbol": symbol, "distributed": distributed}
+    public = {f"gluon_syncbn.{name}" for name in gluon_syncbn.__all__ if name not in modules}
+    for module, contents in modules.items():
+        public |= {f"gluon_syncbn.{module}.{name}" for name in contents.__all__}
     public.add(f"gluon_syncbn.estimator.{estimator.DataParallelBatchProcessor.__name__}")
     assert documented() == public

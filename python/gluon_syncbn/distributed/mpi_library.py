@@ -42,7 +42,8 @@ def load_mpi4py() -> Any:
     Raises
     ------
     RuntimeError
-        If there is none, or MPI does not allow calls from several threads.
+        If there is none, MPI does not allow calls from several threads, or this is one of several
+        processes that MPI does not know of.
     """
     try:
         from mpi4py import MPI
@@ -62,6 +63,12 @@ def load_mpi4py() -> Any:
             "communicates in a thread of its own. Let mpi4py initialize MPI: import mpi4py.MPI "
             "before anything else that does, with mpi4py.rc.thread_level left at 'multiple'. With "
             "Horovod: unset HOROVOD_MPI_THREADS_DISABLE."
+        )
+    horovods = os.environ.get("HOROVOD_SIZE", "1")  # set where Horovod uses Gloo instead of MPI
+    if horovods != "1" and MPI.COMM_WORLD.size == 1:
+        raise RuntimeError(
+            f"Horovod has {horovods} processes, but MPI only this one: Gloo started them. Start "
+            "them with mpirun or horovodrun --mpi, and build Horovod with MPI (HOROVOD_WITH_MPI=1)."
         )
     return MPI
 

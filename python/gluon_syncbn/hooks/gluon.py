@@ -214,6 +214,10 @@ def _initialize(parameter):
 
 def _initialize_at_once(parameter):
     """Initialize a deferred parameter; other threads see it before or after, not between."""
+    if mxnet_private.has_own_initialization(parameter):
+        # hvd.broadcast_parameters makes it one that knows this object and would not see a copy.
+        _MXNETS.initialize(parameter)
+        return
     ready = copy.copy(parameter)
     _MXNETS.initialize(ready)
     mxnet_private.publish_initialized(parameter, ready)
