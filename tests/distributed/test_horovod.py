@@ -116,7 +116,7 @@ def test_horovods_processes_without_mpi_are_refused():
         distributed.attach(SyncBatchNorm())
     """
     done = fresh_process.run(textwrap.dedent(program), status=1, HOROVOD_SIZE="2")
-    assert re.search("2 processes, .* horovodrun --mpi", done.stderr)
+    assert re.search("2 processes .* horovodrun --mpi", done.stderr)
     fresh_process.run(textwrap.dedent(program), HOROVOD_SIZE=None)
 
 

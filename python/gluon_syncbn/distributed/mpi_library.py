@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import Any
+from typing import Any, Mapping
 
 PATH = os.path.join(
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "libgluon_syncbn_mpi.so"
@@ -33,6 +33,21 @@ _SIGNATURES = {
     "Stop": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_char_p]),
     "WaitForGoodbyes": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_double]),
     "Free": (None, [ctypes.c_void_p]),
+}
+
+_OTHER_MPI = "mpi4py uses {mpi}. Start them with the mpirun of the same MPI."
+_LAUNCHERS = {  # variables that have the number of processes, who sets them, and what to do
+    "HOROVOD_SIZE": (
+        "Horovod's Gloo",
+        "Start them with mpirun or horovodrun --mpi, and build Horovod with MPI "
+        "(HOROVOD_WITH_MPI=1).",
+    ),
+    "DMLC_NUM_WORKER": (
+        "MXNet's launcher",
+        "Start the workers with mpirun, as the launcher does with --launcher mpi.",
+    ),
+    "OMPI_COMM_WORLD_SIZE": ("Open MPI", _OTHER_MPI),
+    "PMI_SIZE": ("MPICH, or a launcher like it,", _OTHER_MPI),
 }
 
 
@@ -64,13 +79,20 @@ def load_mpi4py() -> Any:
             "before anything else that does, with mpi4py.rc.thread_level left at 'multiple'. With "
             "Horovod: unset HOROVOD_MPI_THREADS_DISABLE."
         )
-    horovods = os.environ.get("HOROVOD_SIZE", "1")  # set where Horovod uses Gloo instead of MPI
-    if horovods != "1" and MPI.COMM_WORLD.size == 1:
-        raise RuntimeError(
-            f"Horovod has {horovods} processes, but MPI only this one: Gloo started them. Start "
-            "them with mpirun or horovodrun --mpi, and build Horovod with MPI (HOROVOD_WITH_MPI=1)."
-        )
+    if MPI.COMM_WORLD.size == 1:
+        check_alone(os.environ, MPI.Get_library_version())
     return MPI
+
+
+def check_alone(environ: Mapping[str, str], version: str) -> None:
+    """Raise RuntimeError if a launcher started several processes, of which MPI does not know."""
+    for variable, (who, what_to_do) in _LAUNCHERS.items():
+        size = environ.get(variable, "1")
+        if size != "1":
+            raise RuntimeError(
+                f"{who} started {size} processes ({variable}), but MPI knows only this one: "
+                + what_to_do.format(mpi=_first_line(version))
+            )
 
 
 class MpiLibrary:
