@@ -6,7 +6,7 @@ import atexit
 import ctypes
 import math
 import os
-from typing import Any, Iterable
+from typing import Any, Callable, Iterable
 
 import mxnet as mx
 
@@ -91,18 +91,27 @@ def check_timeout_variable() -> None:
         _seconds(os.environ[TIMEOUT_VARIABLE], f"the environment variable {TIMEOUT_VARIABLE}")
 
 
-def close_at_exit() -> None:
+def close_at_exit(*others: Callable[[], None]) -> None:
     """Fail what is incomplete when the process ends: MXNet waits at exit for what is pending.
 
-    Called again, it comes before what has been registered in between.
+    Parameters
+    ----------
+    *others : callable
+        Called after that; they may make more fail.
+
+    Notes
+    -----
+    Called again, it lets all this come before what has been registered in between.
     """
     atexit.unregister(_close)
-    atexit.register(_close)
+    atexit.register(_close, others)
 
 
-def _close() -> None:
+def _close(others):
     failures = BARRIER.failures
     BARRIER.close("the process is ending")
+    for close in others:
+        close()
     if BARRIER.failures != failures:
         try:
             mx.nd.waitall()

@@ -15,8 +15,8 @@ def start() -> None:
     """Load the library and take part in MXNet's work from now on."""
     check_timeout_variable()
     LIBRARY.load()  # registers the operators with MXNet
-    connection.watch_process()  # at exit, after what comes next
-    close_at_exit()
+    close_at_exit(connection.end)
+    connection.refuse_after_fork()
     random_state.watch_seeds()
     device_threads.forget_threads_after_fork()
     key_barrier_sum.install()

@@ -4,6 +4,8 @@ import ast
 import os
 import pathlib
 import shutil
+import socket
+import subprocess
 import sys
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 import fresh_process
 from paths import PACKAGE
 
+HOST = socket.gethostname()
 MPIRUN = shutil.which("mpirun", path=os.path.dirname(sys.executable)) or shutil.which("mpirun")
 
 # What the launchers want of a test: as root in a container, more ranks than cores.
@@ -52,3 +55,9 @@ needed = pytest.mark.skipif(
     MPIRUN is None or not (PACKAGE / "libgluon_syncbn_mpi.so").exists(),
     reason="needs an MPI, and this package built with it",
 )
+
+
+def is_open_mpi_5():
+    """Whether mpirun is Open MPI 5's."""
+    done = subprocess.run([MPIRUN, "--version"], capture_output=True, text=True)
+    return "Open MPI" in done.stdout and " 5." in done.stdout

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the exchange, the kernels and a stress of each under GCC's sanitizers and runs them; then
+# Builds the exchange, the all-reduce between processes, the kernels and a stress of each under GCC's sanitizers and runs them; then
 # runs tests inside MXNet with the library under AddressSanitizer.
 #
 #   tests/sanitize/run.sh PYTHON MXNET_DIR [SEED]    (make sanitize)
@@ -16,6 +16,8 @@ stress() {  # name sanitizers
   local flags=("${common[@]}" -O1 "-fsanitize=$2")
   g++ "${flags[@]}" tests/sanitize/exchange_stress.cc src/operator/exchange/key_barrier.cc \
     -o "$dir/exchange_stress"
+  g++ "${flags[@]}" tests/sanitize/processes_stress.cc \
+    src/operator/processes/process_all_reduce.cc -o "$dir/processes_stress"
   local objects=() loops=(baseline) defines=()
   if [ "$(uname -m)" = x86_64 ]; then
     loops+=(avx2 avx512)
@@ -33,6 +35,7 @@ stress() {  # name sanitizers
     -o "$dir/kernels_stress"
   echo "== $1"
   "$dir/exchange_stress" "$seed"
+  "$dir/processes_stress" "$seed"
   "$dir/kernels_stress" "$seed"
 }
 

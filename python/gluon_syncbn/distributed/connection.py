@@ -9,7 +9,6 @@ processes have said goodbye, and by ``MPI_Abort`` if they have not by the deadli
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import os
 import sys
@@ -53,7 +52,7 @@ class MpiConnection:
         BARRIER.connect(keys, self._library.Transport(self._handle))
         connect(keys, self)
         _open.append(self)
-        _end_first()
+        close_at_exit(end)  # again, to come before the end of Horovod, which waits for everyone
 
     def number_call(self, key: str, call: int, use: int) -> None:
         """Note that all processes know a call of this process by the number ``use``."""
@@ -78,11 +77,13 @@ class MpiConnection:
         return False
 
 
-def _end():
+def end() -> None:
+    """End all connections, and MPI if it would not end by itself: the program has ended."""
     for connection in list(_open):
         connection.close("the program has ended")
-    library = mpi_library() if _failed else None
-    until = time.monotonic() + get_timeout()
+    if not _failed:
+        return
+    library, until = mpi_library(), time.monotonic() + get_timeout()
     for handle in _failed:
         if not library.WaitForGoodbyes(handle, max(0.0, until - time.monotonic())):
             print(
@@ -92,16 +93,6 @@ def _end():
                 flush=True,
             )
             load_mpi4py().COMM_WORLD.Abort(1)
-
-
-def _end_first():
-    """Let connections end before what has been initialized by now.
-
-    Horovod's end waits for all processes, also for those that an exchange has failed for.
-    """
-    atexit.unregister(_end)
-    atexit.register(_end)
-    close_at_exit()  # which comes before
 
 
 def _refuse_in_child():
@@ -114,7 +105,6 @@ def _refuse_in_child():
         )
 
 
-def watch_process() -> None:
-    """Close connections when the program ends; called by ``startup``."""
-    atexit.register(_end)
+def refuse_after_fork() -> None:
+    """Let a forked process get an error where this one communicates."""
     os.register_at_fork(after_in_child=_refuse_in_child)

@@ -7,7 +7,6 @@ finds it by name; that both use the same one is checked.
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 from typing import Any
 
@@ -22,6 +21,7 @@ _INSTALL = (
 _STRINGS = ctypes.POINTER(ctypes.c_char_p)
 _SIGNATURES = {
     "LastError": (ctypes.c_char_p, []),
+    "Family": (ctypes.c_char_p, []),
     "Version": (ctypes.c_char_p, []),
     "Attach": (
         ctypes.c_void_p,
@@ -97,26 +97,35 @@ class MpiLibrary:
         raise AttributeError(f"the MPI library has no function {name}")
 
 
-@functools.lru_cache(maxsize=None)
 def mpi_library() -> Any:
-    """Load the library, once.
+    """Return the library.
 
     Raises
     ------
     RuntimeError
         If it is missing, or was built for another MPI than mpi4py uses.
     """
-    mpi = load_mpi4py()
+    theirs = load_mpi4py().Get_library_version().strip("\x00 \n")
     library = MpiLibrary(PATH)
-    ours, theirs = library.Version().decode(), mpi.Get_library_version().rstrip("\x00")
-    if ours.strip() != theirs.strip():
+    family, ours = library.Family().decode(), library.Version().decode().strip("\x00 \n")
+    if family != family_of(theirs) or ours != theirs:
+        loaded = "" if ours == theirs else f", and has loaded {_first_line(ours)}"
         raise RuntimeError(
-            f"gluon_syncbn was built for one MPI ({_first_line(ours)}), but mpi4py uses another "
-            f"({_first_line(theirs)}). Build gluon_syncbn again with the compiler of the one that "
-            "mpi4py uses, MPICXX=.../mpicxx, or install mpi4py for the other."
+            f"gluon_syncbn was built for {family}{loaded}, but mpi4py uses {_first_line(theirs)}. "
+            "Build gluon_syncbn again with that one's compiler: MPICXX=.../mpicxx make build, or "
+            "MPICXX=.../mpicxx pip install ."
         )
     return library
 
 
+def family_of(version: str) -> str:
+    """Return the family of an MPI, as the library names it, by what it says of itself."""
+    if "Open MPI" in version:
+        return "Open MPI"
+    if any(name in version for name in ("MPICH", "MVAPICH", "Intel(R) MPI")):
+        return "MPICH"
+    return "another MPI"
+
+
 def _first_line(text):
-    return text.strip().splitlines()[0]
+    return text.splitlines()[0]

@@ -46,7 +46,18 @@ using gluon_syncbn::Strings;
 
 GLUON_SYNCBN_API const char* GluonSyncBNMpiLastError() { return gluon_syncbn::last_error.c_str(); }
 
-// Which MPI this library was linked with, to be compared with mpi4py's.
+// The family of MPI that this library was compiled for: handles and constants differ between them.
+GLUON_SYNCBN_API const char* GluonSyncBNMpiFamily() {
+#if defined(OPEN_MPI)
+  return "Open MPI";
+#elif defined(MPICH_VERSION)  // also of Intel MPI and MVAPICH, which share its binary interface
+  return "MPICH";
+#else
+  return "another MPI";
+#endif
+}
+
+// Which MPI was loaded for this library, to be compared with mpi4py's.
 GLUON_SYNCBN_API const char* GluonSyncBNMpiVersion() {
   static char version[MPI_MAX_LIBRARY_VERSION_STRING];
   int length = 0;
