@@ -17,25 +17,25 @@ pytest.importorskip("mpi4py")
 FILE = pathlib.Path(__file__).with_name("faults.py")
 ENDED = "rank 1 ({host}) has ended, or detached its network"
 SILENT = "rank 1 ({host}) does not answer: its process was killed or stopped"
-# fault -> (deadline, options of mpirun, what the other ranks read, whether the job ends with 0)
+# fault -> (ranks, deadline, options of mpirun, what ranks but 1 read, whether the job ends with 0)
 FAULTS = {
-    "nothing": (20, [], None, True),
-    "raises": (20, [], ENDED, False),
-    "ends": (20, [], ENDED, True),
-    "open round": (20, [], "rank 1 ({host}) reports: the program has ended", True),
-    "finalizes": (20, [], ENDED, True),
-    "is collected": (20, [], ENDED, True),
-    "interrupted": (20, [], ENDED, False),
-    "stops": (2, [], SILENT, False),
-    "is killed": (2, ["--continuous"], SILENT, False),
+    "stops": (3, 2, [], SILENT, False),
+    "raises": (3, 30, [], ENDED, False),
+    "is collected": (2, 30, [], ENDED, True),
+    "is killed": (2, 2, ["--continuous"], SILENT, None),  # mpirun may end with 0 all the same
+    "open round": (2, 30, [], "rank 1 ({host}) reports: the program has ended", True),
+    "interrupted": (2, 30, [], ENDED, False),
+    "finalizes": (2, 30, [], ENDED, True),
+    "ends": (2, 30, [], ENDED, True),
+    "nothing": (2, 30, [], None, True),
 }
 
 
 @pytest.fixture(scope="module")
 def processes():
     def run(fault):
-        deadline, options, _, _ = FAULTS[fault]
-        return ranks.run(3, FILE, fault, deadline, options=options, timeout=60, status=None)
+        count, deadline, options, _, _ = FAULTS[fault]
+        return ranks.run(count, FILE, fault, deadline, options=options, status=None)
 
     with ThreadPoolExecutor(3) as pool:
         return dict(zip(FAULTS, pool.map(run, FAULTS)))
@@ -44,21 +44,21 @@ def processes():
 @ranks.needed
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_others_get_the_error_and_the_job_ends(fault, processes):
-    deadline, options, wanted, well = FAULTS[fault]
+    count, deadline, options, wanted, well = FAULTS[fault]
     if options and not ranks.is_open_mpi_5():
         pytest.skip("needs Open MPI 5's --continuous: others end the job when a process is killed")
     process = processes[fault]
     output = process.stdout + process.stderr
-    assert (process.returncode == 0) == well, output
+    assert well in (None, process.returncode == 0), output
     lines = [line for line in process.stdout.splitlines() if line.startswith("rank ")]
     if wanted is None:
         assert not lines, output
         return
-    assert sorted(line[:6] for line in lines) == ["rank 0", "rank 2"], output
+    assert len(lines) == count - 1, output
     for line in lines:
         assert wanted.format(host=ranks.HOST) in line and "'layer_'" in line, line
         seconds = float(line.split()[3])
-        assert seconds < deadline + 8, line  # not the 20 s, if the rank has said that it ends
+        assert deadline == 2 or seconds < 20, line  # not the 30 s, if the rank says that it ends
     if fault != "open round":
         assert "Exception ignored" not in output
 
