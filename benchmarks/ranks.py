@@ -26,7 +26,7 @@ CHANNELS = 64, 512, 2048
 def launch(ranks, *command, **options):
     return subprocess.run(
         [MPIRUN, "-n", str(ranks), *map(str, command)],
-        env={**os.environ, **ENVIRONMENT},
+        env={name: v for name, v in {**os.environ, **ENVIRONMENT}.items() if v is not None},
         text=True,
         check=True,
         **options,

@@ -96,6 +96,7 @@ int main(int argc, char** argv) {
          arrival.kind = arrival.name = "cpu";
          arrival.values = mine;
          arrival.merge = Merge::kMoments;
+         arrival.spin = true;  // as on CPU contexts
          barrier.Arrive(std::move(arrival), [&](const gluon_syncbn::Result& result) {
            if (result.total == nullptr) {
              std::fprintf(stderr, "%s\n", result.error.c_str());

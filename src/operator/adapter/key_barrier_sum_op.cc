@@ -146,6 +146,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
       Raise("On a GPU, gluon_syncbn needs MXNet's threads; ", kUnsetNaive, ".");
     if (forward) BeginForward();
     const int num_devices = round_devices_;
+    const bool may_spin = MaySpin();
     const auto call = std::make_shared<AsynchronousCall>(ctx, req, to);
     if (gpu) call->StartWorker();
     ReadValues(ctx.run_ctx.ctx, from, [=](std::vector<double> values, const std::string& error) {
@@ -159,9 +160,14 @@ class KeyBarrierSumOp : public mxnet::Operator {
         ArriveBackward(std::move(values), call);
       }
     });
-    static const int cores = static_cast<int>(std::thread::hardware_concurrency());
-    call->Return(!gpu && num_devices <= cores);  // with more, the others need this core
+    call->Return(may_spin);
     // `this` may be gone now.
+  }
+
+  // With more devices than cores, the others need this one.
+  bool MaySpin() const {
+    static const int cores = static_cast<int>(std::thread::hardware_concurrency());
+    return kind_ == std::string("cpu") && round_devices_ <= cores;
   }
 
   void BeginForward() {
@@ -195,6 +201,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
     arrival.num_devices = round_devices_;
     arrival.values = std::move(values);
     arrival.merge = Merge::kSum;
+    arrival.spin = MaySpin();
     return arrival;
   }
 

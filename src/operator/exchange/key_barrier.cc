@@ -210,9 +210,9 @@ void KeyBarrier::Complete(CompleteRound complete) {
   if (complete.transport == nullptr || (first.backward && !came_from_elsewhere)) {
     return Succeed(complete.round, total, complete.round.id);
   }
-  Contribution contribution{first.key,      first.call,
-                            first.backward, first.backward ? first.phase : 0,
-                            first.merge,    std::move(total)};
+  Contribution contribution{
+      first.key,   first.call,       first.backward, first.backward ? first.phase : 0,
+      first.merge, std::move(total), first.spin};
   // Shared, because a std::function is copied.
   const auto round = std::make_shared<Round>(std::move(complete.round));
   complete.transport->AllReduce(std::move(contribution), [this, round](const Outcome& outcome) {

@@ -47,6 +47,9 @@ struct Arrival {
   // 0: it does not wait.
   std::uint64_t ticket = 0;
   Merge merge = Merge::kSum;
+  // Whether the thread has up to 50 us for the messages of other processes: to wake another thread
+  // for them takes longer than most rounds.  Nothing depends on it.
+  bool spin = false;
 };
 
 // Why a round failed, as far as a caller may have advice to add to the message.

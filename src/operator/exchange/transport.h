@@ -22,6 +22,7 @@ struct Contribution {
   std::uint64_t forward_round = 0;
   Merge merge = Merge::kSum;
   std::vector<double> values;
+  bool spin = false;  // see Arrival
 };
 
 // What comes back.
@@ -32,7 +33,8 @@ struct Outcome {
   bool deadline = false;  // whether it failed because the deadline has passed
 };
 
-// All functions may be called from any thread and none waits.
+// All functions may be called from any thread.  None waits for another process, but for the time
+// that Contribution::spin allows.
 class Transport {
  public:
   // Set in the ids of rounds that went through a transport.  The exchange's own ids never have it.

@@ -18,6 +18,8 @@ using std::chrono::milliseconds;
 // the last one, and then with growing pauses: whoever computes meanwhile needs the core.
 constexpr microseconds kSpin{100};
 constexpr microseconds kLongestPause{1000};
+// How long who brings something looks for messages, if it may.
+constexpr microseconds kSpinOnArrival{50};
 // While there are none, it still has to answer.
 constexpr milliseconds kIdlePause{10};
 // How long another process has to answer, and an exchange to complete after one has left.
@@ -55,6 +57,7 @@ ProcessAllReduce::~ProcessAllReduce() { Stop("the network was detached"); }
 
 void ProcessAllReduce::AllReduce(Contribution contribution,
                                  std::function<void(const Outcome&)> done) {
+  const bool spin = contribution.spin;
   Id id;
   Exchange exchange;
   std::string error;
@@ -88,10 +91,15 @@ void ProcessAllReduce::AllReduce(Contribution contribution,
     }
   }
   if (!error.empty()) return done({nullptr, 0, error, false});
-  std::vector<Finished> finished;
-  const bool all_done = WorkIfNobodyDoes(&finished);
-  if (!all_done) Call();
-  Deliver(std::move(finished));
+  const Clock::time_point until = Clock::now() + (spin ? kSpinOnArrival : microseconds(0));
+  for (;;) {
+    std::vector<Finished> finished;
+    const bool all_done = WorkIfNobodyDoes(&finished);
+    Deliver(std::move(finished));
+    if (all_done) return;
+    if (Clock::now() >= until) return Call();
+    std::this_thread::yield();
+  }
 }
 
 void ProcessAllReduce::FailedHere(const std::string& key, const std::string& why) {
