@@ -238,15 +238,14 @@ def _warn_of_loops(exchanges):
     """Warn once of a layer that is on several devices but was given no number of them."""
     global _warned
     for e in exchanges:
-        if e.num_devices is not None or len(e.statistics[0].list_ctx()) == 1:
-            continue
-        if connection_of(e.key) is not None:
+        devices = len(e.statistics[0].list_ctx())
+        if devices > (e.num_devices or 1) and connection_of(e.key) is not None:
+            # Each device would have rounds of its own, in another order on every process.
             raise RuntimeError(
-                f"{e.name} is attached to other processes and is on "
-                f"{len(e.statistics[0].list_ctx())} devices here; call the network through "
-                "ModelDataParallel, or give the layer num_devices"
+                f"{e.name} is attached to other processes and is on {devices} devices here; call "
+                f"the network through ModelDataParallel, or give the layer num_devices={devices}"
             )
-        if not _warned:
+        if devices > 1 and e.num_devices is None and not _warned:
             _warned = True
             warnings.warn(
                 f"{e.name} is on {len(e.statistics[0].list_ctx())} devices and was given no "

@@ -14,6 +14,7 @@ import pathlib
 import sys
 import time
 import traceback
+from functools import partial
 
 import mxnet as mx
 import numpy as np
@@ -710,15 +711,78 @@ def detached_between_forward_and_backward():
     distributed.detach(layer)
 
 
+def slowly(x):
+    """The same array, but later."""
+    y = mx.nd.zeros((500, 500))
+    for _ in range(40):
+        y = mx.nd.dot(y, y)
+    return x + y[0, 0].reshape((1, 1))
+
+
 @case(2)
-def not_every_rank_attaches():
-    comm = WORLD.Dup()
-    layer = SyncBatchNorm()
+def a_step_on_its_way_is_not_for_the_others():
+    layer = SyncBatchNorm(in_channels=1, momentum=0)
+    layer.initialize()
+    x = mx.nd.array([[100.0], [102.0]])
+    with autograd.record():
+        layer(slowly(x) if RANK == 0 else x)
+    distributed.attach(layer)
+    for step in range(2):
+        with autograd.record():
+            layer(mx.nd.array([[10.0 * step + RANK], [10.0 * step + RANK + 2]]))
+        assert layer.running_mean.data().asscalar() == 10 * step + 1.5
+    WORLD.Barrier()
+    distributed.detach(layer)
+
+
+@case(2)
+def a_step_without_a_shard_that_fails_counts_nothing():
+    layer = SyncBatchNorm(in_channels=1, momentum=0)
+    layer.initialize()
+    with attached(layer):
+        x = mx.nd.array([[1.0], [3.0]])
+        with contextlib.suppress(KeyboardInterrupt):
+            with distributed.no_shard(layer) if RANK == 1 else contextlib.nullcontext():
+                with autograd.record():
+                    layer(slowly(x + 100) if RANK == 1 else x)
+                if RANK == 1:
+                    raise KeyboardInterrupt
+        assert layer.running_mean.data().asscalar() == 2
+
+
+@case(2)
+def devices_without_an_order_are_refused():
+    contexts = [mx.cpu(0), mx.cpu(1)]
+    for num_devices in (None, 1):
+        layer = SyncBatchNorm(in_channels=3, num_devices=num_devices)
+        layer.initialize(ctx=contexts)
+        with attached(layer):
+            with autograd.record():
+                message = error_of(partial(layer, mx.nd.ones((2, 3))), RuntimeError)
+            assert "on 2 devices here" in message and "ModelDataParallel" in message, message
+
+
+@case(2)
+def a_backward_that_one_rank_runs_once_only():
+    layer = SyncBatchNorm(in_channels=3, prefix="again_")
+    layer.initialize()
+    distributed.attach(layer)
+    x = mx.nd.ones((2, 3))
+    x.attach_grad()
+    with autograd.record():
+        out = layer(x)
+    out.backward(retain_graph=True)
+    x.grad.wait_to_read()
     with timeout(1):
         if RANK == 0:
-            message = error_of(lambda: distributed.attach(layer, comm), RuntimeError)
-            assert "not every process" in message, message
+            out.backward()
+            message = error_of(x.grad.wait_to_read)
+            assert "backward" in message and "rank 1" in message and "has not" in message, message
+        else:
+            time.sleep(2)
+    mx.nd.waitall()
     WORLD.Barrier()
+    distributed.detach(layer)
 
 
 @case(2)

@@ -31,6 +31,15 @@ def step(net):
 gluon_syncbn.set_timeout(float(sys.argv[2]))
 layer = SyncBatchNorm(in_channels=3, prefix="layer_")
 layer.initialize()
+if fault == "never attaches":
+    if RANK == 1:
+        time.sleep(60)
+    for _ in range(2):
+        try:
+            distributed.attach(layer)
+        except RuntimeError as error:
+            print(f"rank {RANK} after 2.0 s: 'layer_': {error}", flush=True)
+    sys.exit(0)
 distributed.attach(layer)
 step(layer)
 start = time.monotonic()

@@ -17,6 +17,7 @@
 #include <memory>
 #include <mutex>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <utility>
@@ -232,6 +233,45 @@ void OneFails(int size, unsigned seed, int fault) {
   if (fault == 1) Wait(second[bad]);
 }
 
+// A mail that breaks, and lets letters wait while several exchanges come.
+class FakeMail : public gluon_syncbn::Mail {
+ public:
+  explicit FakeMail(std::atomic<bool>* hold, std::atomic<bool>* broken)
+      : hold_(hold), broken_(broken) {}
+  int rank() const override { return 0; }
+  int size() const override { return 2; }
+  void Send(int, std::string) override {
+    if (*broken_) throw std::runtime_error("broken");
+  }
+  bool Receive(int*, std::string*) override {
+    while (*hold_) std::this_thread::yield();
+    return false;
+  }
+  bool Sent() override { return true; }
+
+ private:
+  std::atomic<bool>* const hold_;
+  std::atomic<bool>* const broken_;
+};
+
+// Several exchanges come at once, and the first of them fails.
+void SeveralFail() {
+  std::atomic<bool> hold{true}, broken{true};
+  std::vector<Answer> answers(kKeys);
+  {
+    ProcessAllReduce rank(std::make_unique<FakeMail>(&hold, &broken),
+                          {"key0", "key1", "key2", "key3", "key4", "key5"}, {"rank 0", "rank 1"},
+                          60.0);
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));  // its thread holds the lock
+    for (int k = 0; k < kKeys; ++k) Arrive(&rank, k, 0, Values(0, 0, k), &answers[k]);
+    hold = false;
+    for (const auto& answer : answers) Wait(answer);
+  }
+  for (const auto& answer : answers) {
+    if (!answer.failed || answer.times != 1) Fail("an exchange did not fail once");
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -243,5 +283,6 @@ int main(int argc, char** argv) {
   for (int fault = 0; fault < 4; ++fault) {
     for (unsigned i = 0; i < 3; ++i) OneFails(3 + static_cast<int>(i), seed + i, fault);
   }
+  SeveralFail();
   std::printf("processes_stress: passed\n");
 }

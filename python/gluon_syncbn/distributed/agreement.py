@@ -8,46 +8,82 @@ from __future__ import annotations
 
 import pickle
 import time
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 
 from ..key_barrier import get_timeout
 
+# (mpi4py.MPI, request, what MPI still writes to) where other processes did not come
+_unfinished: list = []
+_marks: list = []  # the attribute of communicators on which that has happened
 
-def _complete(request, waiting_for):
+
+def _complete(mpi, request, waiting_for, *written):
+    """Wait for a request; ``written`` is what it writes to."""
     deadline = time.monotonic() + get_timeout()
     pause = 1e-5
     while not request.Test():
         if time.monotonic() > deadline:
+            _unfinished.append((mpi, request, written))
             raise RuntimeError(
                 f"not every process of the communicator has {waiting_for} within {get_timeout():g} "
                 "s. Every rank of it must call gluon_syncbn.distributed.attach, in the same order "
                 "if for several networks. For a longer deadline, set GLUON_SYNCBN_TIMEOUT or call "
-                "gluon_syncbn.set_timeout."
+                "gluon_syncbn.set_timeout before; now every rank needs a new communicator for it."
             )
         time.sleep(pause)
         pause = min(2 * pause, 1e-2)
 
 
-def duplicate(comm: Any) -> Any:
-    """Return a communicator of the same processes, for the messages of one attachment.
+def still_waiting(seconds_left: Callable[[], float]) -> bool:
+    """Whether what other processes did not come to is unfinished in so many seconds, too."""
+    while not all(mpi.Is_finalized() or request.Test() for mpi, request, _ in _unfinished):
+        if seconds_left() == 0:
+            return True
+        time.sleep(1e-2)
+    return False
 
-    It is never freed: a message may still be on its way when a process detaches.
+
+def settle(mpi: Any, comm: Any, value: Any) -> tuple:
+    """Return a communicator for the messages of one attachment, and every process's value by rank.
+
+    The communicator is never freed: a message may still be on its way when a process detaches.
+
+    Raises
+    ------
+    RuntimeError
+        If not every process has come by the deadline, now or before.
     """
+    if not _marks:
+        _marks.append(mpi.Comm.Create_keyval())
+    if comm.Get_attr(_marks[0]):
+        raise RuntimeError(
+            "not every process came when attach was called with this communicator before, so they "
+            "no longer agree on which call is which; end the job, or give every rank a new one"
+        )
+    try:
+        own = _duplicate(mpi, comm)
+        return own, _gather(mpi, own, value)
+    except RuntimeError:
+        comm.Set_attr(_marks[0], True)
+        raise
+
+
+def _duplicate(mpi, comm):
     copy, request = comm.Idup()
-    _complete(request, "called attach")
+    _complete(mpi, request, "called attach", copy)
     return copy
 
 
-def gather(mpi: Any, comm: Any, value: Any) -> list:
-    """Return every process's value, by rank."""
+def _gather(mpi, comm, value):
     mine = np.frombuffer(pickle.dumps(value), np.uint8)
-    sizes = np.empty(comm.size, "int64")
-    _complete(comm.Iallgather(np.array([mine.size], "int64"), sizes), "said what it attaches")
+    size, sizes = np.array([mine.size], "int64"), np.empty(comm.size, "int64")
+    request = comm.Iallgather(size, sizes)
+    _complete(mpi, request, "said what it attaches", comm, size, sizes)
     everything = np.empty(int(sizes.sum()), np.uint8)
     request = comm.Iallgatherv(mine, [everything, sizes.tolist(), mpi.BYTE])
-    _complete(request, "said what it attaches")
+    _complete(mpi, request, "said what it attaches", comm, mine, everything)
     parts = np.split(everything, np.cumsum(sizes)[:-1])
     return [pickle.loads(part.tobytes()) for part in parts]
 

@@ -16,8 +16,8 @@ from ..networks import blocks_of, mark_changed, unwrap
 from ..processes import connection_of
 from ..sync_batch_norm import SyncBatchNorm
 from ..version import __version__
-from .agreement import check_alike, check_versions, duplicate, gather
-from .connection import MpiConnection
+from .agreement import check_alike, check_versions, settle
+from .connection import MpiConnection, end_with_the_program
 from .mpi_library import load_mpi4py, mpi_library
 
 _attached: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # Block -> its MpiConnection
@@ -38,9 +38,9 @@ def _refuse_groups(exchange):
 
 
 def _synchronized(net):
-    """List the all-reduces that other processes take part in, each key once, and their blocks."""
+    """List the all-reduces that other processes take part in, each key once."""
     adopt_graphs(net)
-    found, blocks = {}, []
+    found = {}
     for block in blocks_of(net):
         if isinstance(block, SyncBatchNorm):
             never = mxnet_private.settings(block)["use_global_stats"]
@@ -60,13 +60,12 @@ def _synchronized(net):
         for e in exchanges:
             _refuse_groups(e)
             found.setdefault(e.key, e)
-        blocks.append(block)
     if not found:
         raise ValueError(
             "the network has no synchronized layer; convert it first, with convert_sync_batchnorm "
             "(layers in a Python list that Gluon does not know of do not count)"
         )
-    return list(found.values()), blocks
+    return list(found.values())
 
 
 def _describe(exchange):
@@ -98,7 +97,7 @@ def attach(net: Any, comm: Any = None) -> None:
     RuntimeError
         If mpi4py or the MPI side of this package is missing, MPI was initialized without
         ``MPI_THREAD_MULTIPLE``, or not every process has called it by the deadline
-        (:func:`set_timeout`).
+        (:func:`set_timeout`).  After the latter, the communicator cannot be used here again.
     ValueError
         If the network has no synchronized layer, or one with a ``group_size``; if a part of it is
         attached already by itself; if the networks differ between processes.
@@ -128,7 +127,8 @@ def attach(net: Any, comm: Any = None) -> None:
     exchanges of the network fail at once, until each process calls ``attach`` again.
 
     **Devices.**  Outside of :class:`ModelDataParallel`, a layer without ``num_devices`` has one
-    device in each process.  A :func:`KeyBarrierSum` of your own stays in its process.  A network
+    device in each process, and with ``num_devices`` it must have as many; anything else is refused
+    in the first step.  A :func:`KeyBarrierSum` of your own stays in its process.  A network
     that is converted after it was attached is attached again.
 
     Examples
@@ -154,7 +154,8 @@ def attach(net: Any, comm: Any = None) -> None:
             f"comm must be an mpi4py communicator that this process belongs to, but is {comm!r}"
         )
     detach(net)
-    exchanges, blocks = _synchronized(net)
+    ndarray.waitall()  # steps before are not for the others
+    exchanges = _synchronized(net)
     for e in exchanges:
         if connection_of(e.key) is not None:
             raise ValueError(
@@ -164,17 +165,17 @@ def attach(net: Any, comm: Any = None) -> None:
     if comm.size == 1:
         return
     mpi_library()  # fails before the others are made to wait
-    own = duplicate(comm)
+    end_with_the_program()
     here = f"rank {mpi.COMM_WORLD.rank} ({socket.gethostname()})"
-    everyone = gather(mpi, own, (here, __version__, [_describe(e) for e in exchanges]))
+    mine = here, __version__, [_describe(e) for e in exchanges]
+    own, everyone = settle(mpi, comm, mine)
     names, versions, descriptions = zip(*everyone)
     check_versions(names, versions)
     check_alike(names, descriptions)
     connection = MpiConnection(own, [e.key for e in exchanges], list(names))
     _attached[net] = connection
     weakref.finalize(net, connection.close).atexit = False
-    for block in blocks:
-        mark_changed(block)  # graphs were traced for one process
+    _mark_changed(net)
 
 
 def detach(net: Any) -> None:
@@ -211,8 +212,13 @@ def detach(net: Any) -> None:
     except MXNetError as e:
         error = e
     had_failed = connection.close()
+    _mark_changed(net)
     if error is not None and not had_failed:
         raise error
+
+
+def _mark_changed(net):
+    """Have graphs traced anew: for one process they may have other operators."""
     for block in blocks_of(net):
         if isinstance(block, (SyncBatchNorm, MABN2d, SymbolBlock)):
             mark_changed(block)

@@ -17,9 +17,10 @@ from typing import Any
 
 from ..key_barrier import BARRIER, close_at_exit, get_timeout
 from ..processes import connect, disconnect
-from .mpi_library import load_mpi4py, mpi_library
+from .agreement import still_waiting
+from .mpi_library import mpi_library
 
-_failed: list = []  # handles of connections that failed
+_failed: list = []  # (library, handle) of connections that failed
 _open: list = []  # they outlive their networks, which Python's garbage collector frees at any time
 
 
@@ -52,7 +53,6 @@ class MpiConnection:
         BARRIER.connect(keys, self._library.Transport(self._handle))
         connect(keys, self)
         _open.append(self)
-        close_at_exit(end)  # before Horovod's end, which waits for all processes
 
     def number_call(self, key: str, call: int, use: int) -> None:
         """Note that all processes know a call of this process by the number ``use``."""
@@ -71,7 +71,7 @@ class MpiConnection:
         disconnect(self.keys)
         BARRIER.connect(self.keys, None)
         if self._library.Stop(handle, why.encode()):
-            _failed.append(handle)
+            _failed.append((self._library, handle))
             return True
         self._library.Free(handle)
         return False
@@ -81,18 +81,32 @@ def end() -> None:
     """End all connections, and MPI if it would not end by itself: the program has ended."""
     for connection in list(_open):
         connection.close("the program has ended")
-    if not _failed:
-        return
-    library, until = mpi_library(), time.monotonic() + get_timeout()
-    for handle in _failed:
-        if not library.WaitForGoodbyes(handle, max(0.0, until - time.monotonic())):
-            print(
-                "gluon_syncbn: an exchange with other processes failed, and not all of them have "
-                f"ended within {get_timeout():g} s after this one; aborting the job",
-                file=sys.stderr,
-                flush=True,
-            )
-            load_mpi4py().COMM_WORLD.Abort(1)
+    until = time.monotonic() + get_timeout()
+
+    def left():
+        return max(0.0, until - time.monotonic())
+
+    if not all(library.WaitForGoodbyes(handle, left()) for library, handle in _failed):
+        _abort("an exchange with other processes failed, and not all of them have ended within")
+    if still_waiting(left):
+        _abort("not every process has called gluon_syncbn.distributed.attach, nor has done so")
+
+
+def _abort(why):
+    print(
+        f"gluon_syncbn: {why} {get_timeout():g} s after this one ended; aborting the job",
+        file=sys.stderr,
+        flush=True,
+    )
+    mpi_library().Abort()
+
+
+def end_with_the_program() -> None:
+    """Call :func:`end` when the program ends, before what has been initialized by now.
+
+    Horovod's own end waits for all processes.
+    """
+    close_at_exit(end)
 
 
 def _refuse_in_child():

@@ -32,6 +32,7 @@ _SIGNATURES = {
     "SetSilent": (None, [ctypes.c_void_p, ctypes.c_int]),
     "Stop": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_char_p]),
     "WaitForGoodbyes": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_double]),
+    "Abort": (None, []),
     "Free": (None, [ctypes.c_void_p]),
 }
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Iterator
 
-from mxnet import ndarray
+from mxnet import MXNetError, ndarray
 
 from .. import mxnet_private
 from ..networks import unwrap
@@ -37,7 +37,8 @@ def no_shard(net: Any) -> Iterator[None]:
     -----
     Forward and backward belong into the ``with`` block; :meth:`mxnet.gluon.Trainer.step` comes
     after it, as on every process.  With ``grad_req='add'`` gradients are what they were before.
-    ``nn.BatchNorm`` layers and random states are as after any step.
+    ``nn.BatchNorm`` layers and random states are as after any step.  If the step raises an error,
+    the others wait for the rest of it, until the deadline.
 
     Raises
     ------
@@ -71,6 +72,10 @@ def no_shard(net: Any) -> Iterator[None]:
     try:
         yield
         ndarray.waitall()
+    except BaseException:
+        with suppress(MXNetError):  # the first error is the one to raise
+            ndarray.waitall()  # what is still on its way must not count either
+        raise
     finally:
         connection.set_silent(False)
     for parameter, gradient in _gradients(net):

@@ -24,14 +24,25 @@ thread_local std::string last_error;
 struct Attachment {
   std::shared_ptr<Transport> transport;
   std::shared_ptr<ProcessAllReduce> all_reduce;
-  int at_finalize = MPI_KEYVAL_INVALID;
 };
 
 // MPI_Finalize first deletes the attributes of MPI_COMM_SELF: the last moment at which messages can
-// be sent, whoever calls it (MPI 4.0, section 11.2.4).
-int StopAtFinalize(MPI_Comm, int, void* attachment, void*) {
-  static_cast<Attachment*>(attachment)->all_reduce->Stop("MPI was finalized");
+// be sent, whoever calls it (MPI 4.0, section 11.2.4).  Horovod calls it in a thread of its own, at
+// any time, when another process has ended; so the attribute stays until then, even if the
+// attachment is freed, and nothing else here asks MPI whether it is finalized.
+int EndAtFinalize(MPI_Comm, int, void* attribute, void*) {
+  const std::unique_ptr<std::weak_ptr<ProcessAllReduce>> all_reduce{
+      static_cast<std::weak_ptr<ProcessAllReduce>*>(attribute)};
+  if (const auto alive = all_reduce->lock()) alive->End("MPI was finalized");
   return MPI_SUCCESS;
+}
+
+void EndAtFinalize(const std::shared_ptr<ProcessAllReduce>& all_reduce) {
+  int key = MPI_KEYVAL_INVALID;
+  MPI_Comm_create_keyval(MPI_COMM_NULL_COPY_FN, EndAtFinalize, &key, nullptr);
+  MPI_Comm_set_attr(MPI_COMM_SELF, key,
+                    std::make_unique<std::weak_ptr<ProcessAllReduce>>(all_reduce).release());
+  MPI_Comm_free_keyval(&key);  // takes effect when no attribute has it
 }
 
 std::vector<std::string> Strings(const char* const* strings, int count) {
@@ -76,9 +87,7 @@ GLUON_SYNCBN_API void* GluonSyncBNMpiAttach(int comm, const char* const* keys, i
     attachment->all_reduce = std::make_shared<gluon_syncbn::ProcessAllReduce>(
         std::move(mail), Strings(keys, count), std::move(rank_names), timeout_seconds);
     attachment->transport = attachment->all_reduce;
-    MPI_Comm_create_keyval(MPI_COMM_NULL_COPY_FN, gluon_syncbn::StopAtFinalize,
-                           &attachment->at_finalize, nullptr);
-    MPI_Comm_set_attr(MPI_COMM_SELF, attachment->at_finalize, attachment.get());
+    gluon_syncbn::EndAtFinalize(attachment->all_reduce);
     return attachment.release();
   } catch (const std::exception& e) {
     gluon_syncbn::last_error = e.what();
@@ -109,20 +118,15 @@ GLUON_SYNCBN_API int GluonSyncBNMpiStop(void* attachment, const char* why) {
 }
 
 // Of one that was stopped: returns whether the other processes have stopped theirs within
-// `seconds`.
+// `seconds`, or MPI has been finalized.
 GLUON_SYNCBN_API int GluonSyncBNMpiWaitForGoodbyes(void* attachment, double seconds) {
-  int finalized = 0;
-  MPI_Finalized(&finalized);
-  if (finalized) return 1;
   return static_cast<Attachment*>(attachment)->all_reduce->WaitForGoodbyes(seconds) ? 1 : 0;
 }
 
+// Ends all processes.
+GLUON_SYNCBN_API void GluonSyncBNMpiAbort() { MPI_Abort(MPI_COMM_WORLD, 1); }
+
 // Frees one that was stopped.
-GLUON_SYNCBN_API void GluonSyncBNMpiFree(void* handle) {
-  std::unique_ptr<Attachment> attachment{static_cast<Attachment*>(handle)};
-  int finalized = 0;
-  MPI_Finalized(&finalized);
-  if (finalized) return;
-  MPI_Comm_delete_attr(MPI_COMM_SELF, attachment->at_finalize);
-  MPI_Comm_free_keyval(&attachment->at_finalize);
+GLUON_SYNCBN_API void GluonSyncBNMpiFree(void* attachment) {
+  std::unique_ptr<Attachment>{static_cast<Attachment*>(attachment)};
 }

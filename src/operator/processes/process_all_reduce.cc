@@ -141,10 +141,17 @@ void ProcessAllReduce::Stop(const std::string& why) {
   thread_.join();
 }
 
+void ProcessAllReduce::End(const std::string& why) {
+  Stop(why);
+  std::lock_guard<std::mutex> work(work_mutex_);
+  ended_ = true;
+}
+
 // Works unless another thread does; returns whether nothing is left to do.
 bool ProcessAllReduce::WorkIfNobodyDoes(std::vector<Finished>* finished) {
   std::unique_lock<std::mutex> work(work_mutex_, std::try_to_lock);
   if (!work.owns_lock()) return false;
+  if (ended_) return true;  // what was new then has failed; there has been nothing since
   Work();
   finished->swap(finished_);
   return open_.empty();
@@ -226,19 +233,22 @@ bool ProcessAllReduce::TakeNew() {
     failed_here.swap(failed_here_);
     failed = failed_;
   }
+  // All of them first: what fails, fails everything that is open.
   for (auto& id_and_exchange : taken) {
-    if (failed.empty()) {
-      Begin(id_and_exchange.first, std::move(id_and_exchange.second));
-    } else {
-      finished_.push_back({std::move(id_and_exchange.second), failed});
-    }
+    Begin(id_and_exchange.first, std::move(id_and_exchange.second));
   }
-  if (failed.empty() && !failed_here.empty()) FailAll(failed_here, false, true);
+  if (!failed.empty()) {
+    FailAll(failed, false, false);
+  } else if (!failed_here.empty()) {
+    FailAll(failed_here, false, true);
+  } else {
+    for (const auto& id_and_exchange : taken) Advance(id_and_exchange.first);
+  }
   return !taken.empty() || !failed_here.empty();
 }
 
 void ProcessAllReduce::Begin(const Id& id, Exchange exchange) {
-  if (begun_.insert(id).second) {
+  if (++begun_[id] == 1) {
     begun_in_order_.push_back(id);
     if (begun_in_order_.size() > kRemembered) {
       begun_.erase(begun_in_order_.front());
@@ -247,7 +257,6 @@ void ProcessAllReduce::Begin(const Id& id, Exchange exchange) {
   }
   last_ = NameOf(id);
   open_[id].push_back(std::move(exchange));
-  Advance(id);
 }
 
 void ProcessAllReduce::Handle(int from, const std::string& message) {
@@ -267,14 +276,15 @@ void ProcessAllReduce::Handle(int from, const std::string& message) {
       Header answer;
       answer.kind = Kind::kAnswer;
       answer.id = header.id;
-      answer.came = begun_.count(header.id);
+      const auto begun = begun_.find(header.id);
+      answer.times = begun != begun_.end() && begun->second >= header.times ? header.times : 0;
       return Send(from, answer, last_.data(), last_.size());
     }
     case Kind::kAnswer: {
       const auto inquiry = inquiries_.find(header.id);
       if (inquiry == inquiries_.end()) return;
       inquiry->second.answered.insert(from);
-      if (header.came == 0) inquiry->second.missing[from].assign(body, bytes);
+      if (header.times == 0) inquiry->second.missing[from].assign(body, bytes);
       return;
     }
     case Kind::kFailed:
@@ -374,12 +384,12 @@ void ProcessAllReduce::LookForLateOnes() {
       Header ask;
       ask.kind = Kind::kAsk;
       ask.id = id;
+      ask.times = begun_[id];
       SendToOthers(ask, "");
       continue;
     }
     const Inquiry& inquiry = known->second;
-    const std::size_t expected = static_cast<std::size_t>(size_ - 1) - left_.size();
-    if (inquiry.answered.size() < expected && now < inquiry.until) continue;
+    if (now < inquiry.until && !AllAnswered(inquiry)) continue;
     std::ostringstream why;
     if (late) {
       why << "not every process came to " << NameOf(id) << " within " << seconds << " s";
@@ -389,6 +399,13 @@ void ProcessAllReduce::LookForLateOnes() {
     why << ": " << WhoIsMissing(inquiry);
     return FailAll(why.str(), late, true);
   }
+}
+
+bool ProcessAllReduce::AllAnswered(const Inquiry& inquiry) const {
+  for (int rank = 0; rank < size_; ++rank) {
+    if (rank != rank_ && inquiry.answered.count(rank) == 0 && left_.count(rank) == 0) return false;
+  }
+  return true;
 }
 
 std::string ProcessAllReduce::WhoIsMissing(const Inquiry& inquiry) const {
@@ -416,16 +433,18 @@ std::string ProcessAllReduce::WhoIsMissing(const Inquiry& inquiry) const {
   return *separator == 0 ? "all did, but their messages did not arrive" : os.str();
 }
 
-// Ends all exchanges, and every later one.
+// Ends all exchanges, and every later one, for this reason unless there was one before.
 void ProcessAllReduce::FailAll(const std::string& why, bool deadline, bool tell) {
+  std::string first;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (!failed_.empty()) return;
-    failed_ = why;
+    tell = tell && failed_.empty();
+    if (failed_.empty()) failed_ = why;
+    first = failed_;
   }
   for (auto& id_and_exchanges : open_) {
     for (auto& exchange : id_and_exchanges.second) {
-      finished_.push_back({std::move(exchange), why, deadline});
+      finished_.push_back({std::move(exchange), first, deadline});
     }
   }
   open_.clear();
@@ -494,20 +513,24 @@ bool ProcessAllReduce::failed() const {
 
 bool ProcessAllReduce::WaitForGoodbyes(double seconds) {
   const auto end = Clock::now() + std::chrono::duration<double>(seconds);
-  std::lock_guard<std::mutex> work(work_mutex_);
-  try {
-    while (static_cast<int>(left_.size()) < size_ - 1 && Clock::now() < end) {
-      int from = 0;
-      std::string message;
-      if (mail_->Receive(&from, &message)) {
-        Handle(from, message);
-      } else {
-        std::this_thread::sleep_for(kIdlePause);
+  for (;;) {
+    {
+      std::lock_guard<std::mutex> work(work_mutex_);
+      if (ended_ || static_cast<int>(left_.size()) == size_ - 1) return true;
+      try {
+        int from = 0;
+        std::string message;
+        if (mail_->Receive(&from, &message)) {
+          Handle(from, message);
+          continue;
+        }
+      } catch (const std::exception&) {
+        return false;
       }
     }
-  } catch (const std::exception&) {
+    if (Clock::now() >= end) return false;
+    std::this_thread::sleep_for(kIdlePause);
   }
-  return static_cast<int>(left_.size()) == size_ - 1;
 }
 
 }  // namespace gluon_syncbn

@@ -54,7 +54,11 @@ class ProcessAllReduce : public Transport {
   // Says goodbye and stops the thread.  What is incomplete fails.
   void Stop(const std::string& why);
   bool failed() const;
-  // After Stop: waits until the others have said goodbye, too, and returns whether they have.
+  // Stops, and does not touch the mail any more.  A program may end what carries the mail in one
+  // thread while another one still works with this.
+  void End(const std::string& why);
+  // After Stop: waits until the others have said goodbye, too, and returns whether they have, or
+  // there is no mail any more.
   bool WaitForGoodbyes(double seconds);
 
  private:
@@ -78,7 +82,9 @@ class ProcessAllReduce : public Transport {
     Kind kind = Kind::kPart;
     std::uint32_t step = 0;
     Id id;
-    std::uint64_t came = 0;  // kAnswer: whether the sender has come to the exchange
+    // kAsk: how often the sender has come to the exchange, which is more than once where backward
+    // runs again.  kAnswer: the same if the sender has come as often, else 0.
+    std::uint64_t times = 0;
   };
   struct Part {
     int from = 0;
@@ -115,6 +121,7 @@ class ProcessAllReduce : public Transport {
   bool DoStep(const Id& id, Exchange* exchange);
   bool Receive(const Id& id, const Step& step, Exchange* exchange);
   void LookForLateOnes();
+  bool AllAnswered(const Inquiry& inquiry) const;
   std::string WhoIsMissing(const Inquiry& inquiry) const;
   void FailAll(const std::string& why, bool deadline, bool tell);
   void Send(int to, const Header& header, const void* body, std::size_t bytes);
@@ -145,10 +152,11 @@ class ProcessAllReduce : public Transport {
   // Of whoever works.
   std::mutex work_mutex_;  // taken before mutex_
   const std::unique_ptr<Mail> mail_;
+  bool ended_ = false;
   std::map<Id, std::deque<Exchange>> open_;  // those with one id run one after the other
   std::map<Id, std::deque<Part>> parts_;     // received, and not merged yet
   std::map<Id, Inquiry> inquiries_;
-  std::set<Id> begun_;  // the latest ones
+  std::map<Id, std::uint64_t> begun_;  // how often; of the latest ones
   std::deque<Id> begun_in_order_;
   std::string last_;                       // the exchange that this process came to last
   std::map<int, Clock::time_point> left_;  // ranks that have said goodbye
