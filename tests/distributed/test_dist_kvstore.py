@@ -27,8 +27,7 @@ def free_port():
 @pytest.mark.skipif(
     not mx.runtime.Features().is_enabled("DIST_KVSTORE"), reason="MXNet was built without"
 )
-@pytest.mark.parametrize("update_on_kvstore", [0, 1])
-def test_training_equals_one_process(update_on_kvstore):
+def test_training_equals_one_process():
     job = {
         "DMLC_PS_ROOT_URI": "127.0.0.1",
         "DMLC_PS_ROOT_PORT": str(free_port()),
@@ -43,7 +42,7 @@ def test_training_equals_one_process(update_on_kvstore):
         for role in ("scheduler", "server")
     ]
     try:
-        ranks.run(WORKERS, FILE, update_on_kvstore, **job, DMLC_ROLE="worker")
+        ranks.run(WORKERS, FILE, **job, DMLC_ROLE="worker")
         assert [process.wait(30) for process in others] == [0, 0]
     finally:
         for process in others:

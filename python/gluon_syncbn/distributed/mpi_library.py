@@ -136,8 +136,8 @@ def mpi_library() -> Any:
         loaded = "" if ours == theirs else f", and has loaded {_first_line(ours)}"
         raise RuntimeError(
             f"gluon_syncbn was built for {family}{loaded}, but mpi4py uses {_first_line(theirs)}. "
-            "Build gluon_syncbn again with that one's compiler: MPICXX=.../mpicxx make clean build, "
-            "or MPICXX=.../mpicxx pip install ."
+            "Build gluon_syncbn again with that one's compiler: MPICXX=.../mpicxx make clean "
+            "build, or MPICXX=.../mpicxx pip install ."
         )
     return library
 
