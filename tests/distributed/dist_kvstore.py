@@ -5,6 +5,7 @@
 The kvstore sums the gradients and, if the argument is 1, updates the parameters.
 """
 
+import os
 import sys
 
 import mxnet as mx
@@ -15,15 +16,24 @@ from gluon_syncbn import set_timeout
 from networks import convolutional
 
 
-def train(net, x, y, size, **store):
+def train(net, x, y, size, update_on_kvstore=None, **store):
     trainer = gluon.Trainer(
-        net.collect_params(), "sgd", {"learning_rate": 0.1, "momentum": 0.9}, **store
+        net.collect_params(),
+        "sgd",
+        {"learning_rate": 0.1, "momentum": 0.9},
+        update_on_kvstore=update_on_kvstore,
+        **store,
     )
     criterion = gluon.loss.L2Loss()
-    for _ in range(3):
+    for count in range(3):
         with autograd.record():
             loss = criterion(net(x), y)
         loss.backward()
+        if update_on_kvstore is False and count == 0:
+            # Take the first parameters from the servers now.  MXNet 1.9.1 would not wait for them
+            # before it sends gradients, and could get gradients in their place.
+            trainer.save_states(os.devnull)
+            mx.nd.waitall()
         trainer.step(size)
     mx.nd.waitall()
     return parameters(net)
@@ -37,9 +47,8 @@ def main():
     wanted = train(whole, x, y, len(x), kvstore=None)
     store = mx.kv.create("dist_sync")
     assert store.num_workers == SIZE
-    keywords = {"kvstore": store, "update_on_kvstore": sys.argv[1] == "1"}
     with attached(parts):
-        got = train(parts, x[begin:end], y[begin:end], len(x), **keywords)
+        got = train(parts, x[begin:end], y[begin:end], len(x), sys.argv[1] == "1", kvstore=store)
     assert_close(got, wanted)
     for name, value in got.items():
         assert same_everywhere(value), name

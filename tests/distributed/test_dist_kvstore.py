@@ -43,7 +43,7 @@ def test_training_equals_one_process(update_on_kvstore):
         for role in ("scheduler", "server")
     ]
     try:
-        ranks.run(WORKERS, FILE, update_on_kvstore, **job, DMLC_ROLE="worker")
+        ranks.run(WORKERS, FILE, update_on_kvstore, timeout=60, **job, DMLC_ROLE="worker")
         assert [process.wait(30) for process in others] == [0, 0]
     finally:
         for process in others:
