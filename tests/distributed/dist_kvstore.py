@@ -14,24 +14,15 @@ from gluon_syncbn import set_timeout
 from networks import convolutional
 
 
-def train(net, x, y, size, update_on_kvstore=None, **store):
+def train(net, x, y, size, **store):
     trainer = gluon.Trainer(
-        net.collect_params(),
-        "sgd",
-        {"learning_rate": 0.1, "momentum": 0.9},
-        update_on_kvstore=update_on_kvstore,
-        **store,
+        net.collect_params(), "sgd", {"learning_rate": 0.1, "momentum": 0.9}, **store
     )
     criterion = gluon.loss.L2Loss()
-    for count in range(3):
+    for _ in range(3):
         with autograd.record():
             loss = criterion(net(x), y)
         loss.backward()
-        if update_on_kvstore is False and count == 0:
-            # Take the first parameters from the servers now.  MXNet 1.9.1 would not wait for them
-            # before it sends gradients, and could get gradients in their place.
-            trainer.save_states(os.devnull)
-            mx.nd.waitall()
         trainer.step(size)
     mx.nd.waitall()
     return parameters(net)
@@ -47,7 +38,7 @@ def main():
     assert store.num_workers == SIZE
     keywords = {"kvstore": store, "update_on_kvstore": True}
     with attached(parts):
-        got = train(parts, x[begin:end], y[begin:end], len(x), sys.argv[1] == "1", kvstore=store)
+        got = train(parts, x[begin:end], y[begin:end], len(x), **keywords)
     assert_close(got, wanted)
     for name, value in got.items():
         assert same_everywhere(value), name
