@@ -45,6 +45,11 @@ def still_waiting(seconds_left: Callable[[], float]) -> bool:
     return False
 
 
+def forget_what_waits() -> None:
+    """Leave what is unfinished to the process that this one was forked from."""
+    _unfinished.clear()
+
+
 def settle(mpi: Any, comm: Any, value: Any) -> tuple:
     """Return a communicator for the messages of one attachment, and every process's value by rank.
 

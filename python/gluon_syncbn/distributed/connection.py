@@ -17,7 +17,7 @@ from typing import Any
 
 from ..key_barrier import BARRIER, close_at_exit, get_timeout
 from ..processes import connect, disconnect
-from .agreement import still_waiting
+from .agreement import forget_what_waits, still_waiting
 from .mpi_library import mpi_library
 
 _failed: list = []  # (library, handle) of connections that failed
@@ -87,14 +87,14 @@ def end() -> None:
         return max(0.0, until - time.monotonic())
 
     if not all(library.WaitForGoodbyes(handle, left()) for library, handle in _failed):
-        _abort("an exchange with other processes failed, and not all of them have ended within")
+        _abort("an exchange between processes failed, and others have not ended")
     if still_waiting(left):
-        _abort("not every process has called gluon_syncbn.distributed.attach, nor has done so")
+        _abort("other processes have not called gluon_syncbn.distributed.attach")
 
 
 def _abort(why):
     print(
-        f"gluon_syncbn: {why} {get_timeout():g} s after this one ended; aborting the job",
+        f"gluon_syncbn: {why} {get_timeout():g} s after this process; aborting the job",
         file=sys.stderr,
         flush=True,
     )
@@ -111,6 +111,7 @@ def end_with_the_program() -> None:
 
 def _refuse_in_child():
     _failed.clear()
+    forget_what_waits()
     for connection in _open:
         BARRIER.refuse(
             connection.keys,
