@@ -93,15 +93,16 @@ docs: build $(VENV)/docs-ready  ## build the guide and the API reference into do
 	$(BIN)/python -W "error:Unknown section" -m sphinx -EqW --keep-going docs docs/_build
 	@echo "docs/_build/index.html"
 
-# libmxnet.so comes with MXNet, and MPI's library is the one that mpi4py uses.  libgomp.so.1 is the system's, because MXNet's library takes it from
+# Without the MPI side, which has to be built for the MPI that it will run with.  libmxnet.so comes with
+# MXNet.  libgomp.so.1 is the system's, because MXNet's library takes it from
 # there: a copy in the wheel would be a second OpenMP runtime, with as many threads again.
 # *.egg-info has the last build's list of files, which would be added to the new one.
 wheel: $(VENV)/ready  ## build the source distribution and one wheel for all Pythons, two minutes
 	rm -rf "$(DIST)" python/*.egg-info
-	PATH="$(abspath $(BIN)):$$PATH" GLUON_SYNCBN_ANY_MXNET=1 $(BIN)/python -m build --outdir "$(DIST)"
+	PATH="$(abspath $(BIN)):$$PATH" GLUON_SYNCBN_ANY_MXNET=1 GLUON_SYNCBN_MPI=OFF \
+	  $(BIN)/python -m build --outdir "$(DIST)"
 	PATH="$(abspath $(BIN)):$$PATH" && cd "$(DIST)" && \
-	  auditwheel repair --wheel-dir . --exclude libmxnet.so --exclude libgomp.so.1 \
-	    --exclude libmpi.so.40 --exclude libmpi.so.12 --exclude libmpich.so.12 --plat \
+	  auditwheel repair --wheel-dir . --exclude libmxnet.so --exclude libgomp.so.1 --plat \
 	    "$$(auditwheel show *-linux_*.whl | grep -o 'manylinux_[0-9_]*x86_64')" *-linux_*.whl && \
 	  rm *-linux_*.whl
 

@@ -57,8 +57,9 @@ class CMakeBuild(build_ext):
         target = os.path.dirname(os.path.abspath(self.get_ext_fullpath(ext.name)))
         mxnet = os.path.dirname(importlib.util.find_spec("mxnet").origin)
         options = [f"-DMXNET_DIR={mxnet}", f"-DGLUON_SYNCBN_LIBRARY_DIR={target}"]
-        if "GLUON_SYNCBN_CUDA" in os.environ:
-            options.append(f"-DGLUON_SYNCBN_CUDA={os.environ['GLUON_SYNCBN_CUDA']}")
+        for side in ("GLUON_SYNCBN_CUDA", "GLUON_SYNCBN_MPI"):
+            if side in os.environ:
+                options.append(f"-D{side}={os.environ[side]}")
         build = os.path.abspath(self.build_temp)
         subprocess.check_call(["cmake", "-S", HERE, "-B", build, "-G", "Ninja", *options])
         subprocess.check_call(["cmake", "--build", build])

@@ -44,7 +44,10 @@ def test_the_source_distribution_is_the_checkout(distributions):
 
 
 def test_the_wheel_has_the_package_alone(wheel, tmp_path):
-    """Both libraries where nvcc is; no sources of theirs, and no other library."""
+    """Both libraries where nvcc is; no sources of theirs, and no other library.
+
+    The MPI side has to be built for the MPI that it runs with.
+    """
     names = unpacked(wheel, tmp_path)
     wanted = {f"gluon_syncbn/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.py")}
     wanted |= {"gluon_syncbn/py.typed", "gluon_syncbn/libgluon_syncbn.so"}
