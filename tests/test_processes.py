@@ -1,9 +1,9 @@
 """Which all-reduces go on to other processes, and how their calls are numbered."""
 
 import mxnet as mx
-from mxnet import gluon
 
-from gluon_syncbn import SyncBatchNorm, processes
+from gluon_syncbn import processes
+from networks import Shared
 
 
 class Recorder:
@@ -29,22 +29,13 @@ def test_calls_are_numbered_within_a_graph():
 
 
 def test_a_traced_network_numbers_its_calls_each_time():
-    class Twice(gluon.HybridBlock):
-        def __init__(self):
-            super().__init__()
-            with self.name_scope():
-                self.norm = SyncBatchNorm(in_channels=3)
-
-        def hybrid_forward(self, F, x):
-            return self.norm(x) + self.norm(2 * x)
-
-    connection, net = Recorder(), Twice()
+    connection, net = Recorder(), Shared()
     net.initialize()
     processes.connect([net.norm.key], connection)
     try:
         for _ in range(2):
             net.hybridize()  # traced anew at the next call
-            net(mx.nd.ones((2, 3)))
+            net(mx.nd.ones((2, 3, 4, 4)))
     finally:
         processes.disconnect([net.norm.key])
     calls = [call for _, call, _ in connection.calls]

@@ -10,14 +10,9 @@ from typing import Any, Callable, Iterable
 
 import mxnet as mx
 
-from .library import LIBRARY, check
+from .library import LIBRARY, check, strings
 
 TIMEOUT_VARIABLE = "GLUON_SYNCBN_TIMEOUT"
-
-
-def _strings(keys: Iterable[str]) -> tuple:
-    encoded = [key.encode() for key in keys]
-    return (ctypes.c_char_p * len(encoded))(*encoded), len(encoded)
 
 
 def _seconds(value: Any, where: str) -> float:
@@ -58,7 +53,7 @@ class KeyBarrier:
 
     def failures_of(self, keys: Iterable[str]) -> int:
         """Return how many rounds of these keys have failed so far."""
-        return LIBRARY.BarrierFailures(self._handle, *_strings(keys))
+        return LIBRARY.BarrierFailures(self._handle, *strings(keys))
 
     def new_pass(self) -> int:
         """Return the number of a new pass; see ``src/operator/exchange/key_barrier.h``."""
@@ -71,11 +66,11 @@ class KeyBarrier:
 
     def connect(self, keys: list, transport: int | None) -> None:
         """Let a transport carry these keys' rounds to other processes; None: they end here."""
-        check(LIBRARY.BarrierConnect(self._handle, *_strings(keys), transport))
+        check(LIBRARY.BarrierConnect(self._handle, *strings(keys), transport))
 
     def refuse(self, keys: list, why: str) -> None:
         """Fail every later round of these keys."""
-        check(LIBRARY.BarrierRefuse(self._handle, *_strings(keys), why.encode()))
+        check(LIBRARY.BarrierRefuse(self._handle, *strings(keys), why.encode()))
 
     def close(self, why: str) -> None:
         """Fail all rounds and every later arrival."""

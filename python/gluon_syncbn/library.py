@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import Any
+from typing import Any, Iterable
 
 from . import mxnet_private
 
@@ -86,6 +86,25 @@ _SIGNATURES = {
 }
 
 
+def bind_functions(
+    target: Any, library: ctypes.CDLL, prefix: str, signatures: dict[str, tuple]
+) -> None:
+    """Make C functions attributes of an object, without their prefix.
+
+    ``signatures``: by name, the result's type and a list of the arguments'.
+    """
+    for name, (restype, argtypes) in signatures.items():
+        function = getattr(library, prefix + name)
+        function.restype, function.argtypes = restype, argtypes
+        setattr(target, name, function)
+
+
+def strings(texts: Iterable[str]) -> tuple:
+    """Return strings as a C array and its length."""
+    encoded = [text.encode() for text in texts]
+    return (ctypes.c_char_p * len(encoded))(*encoded), len(encoded)
+
+
 class Library:
     """The library's C functions, as attributes without their prefix ``GluonSyncBN``."""
 
@@ -98,10 +117,7 @@ class Library:
             If it is missing or does not fit this MXNet.
         """
         library = _open()
-        for name, (restype, argtypes) in _SIGNATURES.items():
-            function = getattr(library, "GluonSyncBN" + name)
-            function.restype, function.argtypes = restype, argtypes
-            setattr(self, name, function)
+        bind_functions(self, library, "GluonSyncBN", _SIGNATURES)
         check(self.RegisterOperators())
         for operator, (submodule, name) in OPERATORS.items():
             mxnet_private.make_operator_functions(operator, submodule, name)

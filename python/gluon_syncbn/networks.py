@@ -39,6 +39,12 @@ def blocks_of(net: Any) -> list:
     return list(found.values())
 
 
+def parameters_with_gradients(net: Any) -> list:
+    """List the parameters that have gradients; one without data has none, and is not used."""
+    parameters = net.collect_params().values()
+    return [p for p in parameters if p.grad_req != "null" and mxnet_private.has_data(p)]
+
+
 def instances_in(value: Any, kind: type | tuple) -> Iterator[Any]:
     """Yield what is of a type: the value, or what is in the lists, tuples and dicts within it."""
     if isinstance(value, kind):

@@ -19,7 +19,8 @@ from mxnet import autograd, ndarray
 
 from . import mxnet_private
 from .key_barrier import BARRIER
-from .library import LIBRARY, check
+from .library import LIBRARY, check, strings
+from .networks import parameters_with_gradients
 from .processes import connection_of
 
 # The all-reduce of a layer, or a KeyBarrierSum.  `num_devices`: None if the pass determines it.
@@ -121,9 +122,7 @@ class Pass:
     def zero_idle_gradients(self):
         """Zero the gradients of devices without input."""
         net = self._net()
-        for parameter in net.collect_params().values() if net is not None else ():
-            if parameter.grad_req == "null" or not mxnet_private.has_data(parameter):
-                continue  # without data, the network does not use it
+        for parameter in parameters_with_gradients(net) if net is not None else ():
             for device in self.idle:
                 if parameter.grad_req == "write":
                     gradient = parameter.grad(device).as_nd_ndarray()  # it may be one of mx.np
@@ -219,10 +218,10 @@ def begin(exchanges, context):
 
 
 def _announce(exchanges, context, number, expected):
-    keys = (ctypes.c_char_p * len(exchanges))(*[e.key.encode() for e in exchanges])
     means = {id(e.statistics[0]): e.statistics[0] for e in exchanges}  # layers may share theirs
     order, count = handles([mean.data(context) for mean in means.values()])
-    check(LIBRARY.BeginPass(keys, len(exchanges), order, count, number, expected))
+    keys = strings(e.key for e in exchanges)
+    check(LIBRARY.BeginPass(*keys, order, count, number, expected))
 
 
 def _refuse_groups(exchanges):

@@ -78,7 +78,7 @@ def sum_gradients(net):
                 gradient[:] = total
 
 
-def steps(net, batches, size, hybridize=None):
+def steps(net, batches, size, hybridize=None, add_up=sum_gradients):
     """Train by plain SGD; batches: [(x, y) or None where this rank has no shard, ...]."""
     if hybridize is not None:
         net.hybridize(**hybridize)
@@ -90,9 +90,12 @@ def steps(net, batches, size, hybridize=None):
             with autograd.record():
                 loss = criterion(net(x), y)
             loss.backward()
-        sum_gradients(net)
+        add_up(net)
         trainer.step(size)
     return parameters(net)
+
+
+steps_alone = partial(steps, add_up=lambda net: None)
 
 
 def data(batch=12, seed=0, shape=(3, 8, 8), outputs=5, dtype="float32"):
@@ -142,19 +145,6 @@ def check_training(make, hybridize=None, count=3, atol=1e-6, **kinds):
     for name, value in got.items():
         assert same_everywhere(value), name
     return parts
-
-
-def steps_alone(net, batches, size, hybridize=None):
-    if hybridize is not None:
-        net.hybridize(**hybridize)
-    criterion = gluon.loss.L2Loss()
-    trainer = gluon.Trainer(net.collect_params(), "sgd", {"learning_rate": 0.01}, kvstore=None)
-    for x, y in batches:
-        with autograd.record():
-            loss = criterion(net(x), y)
-        loss.backward()
-        trainer.step(size)
-    return parameters(net)
 
 
 @case(2, 3, 4)

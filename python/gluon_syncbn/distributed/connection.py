@@ -9,23 +9,19 @@ processes have said goodbye, and by ``MPI_Abort`` if they have not by the deadli
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import time
 from typing import Any
 
 from ..key_barrier import BARRIER, close_at_exit, get_timeout
+from ..library import strings
 from ..processes import connect, disconnect
 from .agreement import forget_what_waits, still_waiting
 from .mpi_library import mpi_library
 
 _failed: list = []  # (library, handle) of connections that failed
 _open: list = []  # they outlive their networks, which Python's garbage collector frees at any time
-
-
-def _strings(texts):
-    return (ctypes.c_char_p * len(texts))(*[text.encode() for text in texts])
 
 
 class MpiConnection:
@@ -46,7 +42,7 @@ class MpiConnection:
         self._library = mpi_library()
         self._process = os.getpid()
         self._handle = self._library.Attach(
-            comm.py2f(), _strings(keys), len(keys), _strings(names), get_timeout()
+            comm.py2f(), *strings(keys), strings(names)[0], get_timeout()
         )
         if not self._handle:
             raise RuntimeError(self._library.LastError().decode())

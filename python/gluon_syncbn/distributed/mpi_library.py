@@ -10,6 +10,8 @@ import ctypes
 import os
 from typing import Any, Mapping
 
+from ..library import bind_functions
+
 PATH = os.path.join(
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "libgluon_syncbn_mpi.so"
 )
@@ -112,10 +114,7 @@ class MpiLibrary:
                 f"gluon_syncbn's MPI side does not load: {error}. It was built for another MPI "
                 f"than there is here. {_INSTALL}."
             ) from error
-        for name, (restype, argtypes) in _SIGNATURES.items():
-            function = getattr(library, "GluonSyncBNMpi" + name)
-            function.restype, function.argtypes = restype, argtypes
-            setattr(self, name, function)
+        bind_functions(self, library, "GluonSyncBNMpi", _SIGNATURES)
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"the MPI library has no function {name}")

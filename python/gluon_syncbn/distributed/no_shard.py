@@ -7,16 +7,14 @@ from typing import Any, Iterator
 
 from mxnet import MXNetError, ndarray
 
-from .. import mxnet_private
-from ..networks import unwrap
+from ..networks import parameters_with_gradients, unwrap
 from .attachment import connection_of_network
 
 
 def _gradients(net):
-    for parameter in net.collect_params().values():
-        if parameter.grad_req != "null" and mxnet_private.has_data(parameter):
-            for gradient in parameter.list_grad():
-                yield parameter, gradient.as_nd_ndarray()
+    for parameter in parameters_with_gradients(net):
+        for gradient in parameter.list_grad():
+            yield parameter, gradient.as_nd_ndarray()
 
 
 @contextmanager

@@ -40,8 +40,7 @@ struct KeyBarrierSumParam : public dmlc::Parameter<KeyBarrierSumParam> {
         .describe(
             "How many devices take part; required. (In _syncbn_sum, 0 stands for the number of "
             "devices of the ModelDataParallel; outside of one, for 1 if the layer is synchronized "
-            "over "
-            "processes, and else for the number of visible GPUs, or 1 if there is none.)");
+            "over processes, and else for the number of visible GPUs, or 1 if there is none.)");
     DMLC_DECLARE_FIELD(call).set_default(0).describe(
         "Tells apart several uses of one key in one graph, which may run in any order. They are "
         "numbered when a Block is traced; in a symbol of your own, number them.");

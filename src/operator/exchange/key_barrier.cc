@@ -142,11 +142,9 @@ void KeyBarrier::Join(Present present, Ended* ended) {
   const auto aborted = aborted_.find(arrival.pass);
   if (!closed_.empty() || aborted != aborted_.end()) {
     Round refused{0, arrival.num_devices, Clock::now(), {}};
-    CountFailure(arrival.key);
-    auto transport = TransportOf(arrival.key);
     refused.present.push_back(std::move(present));
-    ended->failed.push_back({std::move(refused), closed_.empty() ? aborted->second : closed_,
-                             Failure::kOther, false, std::move(transport)});
+    ended->failed.push_back(
+        CountedFailure(std::move(refused), closed_.empty() ? aborted->second : closed_));
     return;
   }
   const Phase phase{arrival.key, arrival.call, arrival.phase};
@@ -168,9 +166,8 @@ void KeyBarrier::Join(Present present, Ended* ended) {
   round->present.push_back(std::move(present));
   if (contradiction.failure != Failure::kNone) {
     std::string error = Describe(round->present.front().arrival) + contradiction.message;
-    CountFailure(phase_key);
-    ended->failed.push_back({std::move(*round), std::move(error), contradiction.failure, false,
-                             TransportOf(phase_key)});
+    ended->failed.push_back(
+        CountedFailure(std::move(*round), std::move(error), contradiction.failure));
     rounds.erase(round);
   } else if (static_cast<int>(round->present.size()) >= round->num_devices) {
     ended->complete.push_back({std::move(*round), TransportOf(phase_key)});
@@ -198,17 +195,17 @@ void KeyBarrier::Complete(CompleteRound complete) {
   for (std::size_t i = 1; i < present.size(); ++i) {
     MergeInto(first.merge, present[i].arrival.values, &total);
   }
-  const bool came_from_elsewhere = (first.phase & Transport::kElsewhere) != 0;
-  if (first.backward && came_from_elsewhere && complete.transport == nullptr) {
+  // Backward, it takes the way of its forward.
+  const bool goes_on =
+      first.backward ? (first.phase & Transport::kElsewhere) != 0 : complete.transport != nullptr;
+  if (!goes_on) return Succeed(complete.round, total, complete.round.id);
+  if (complete.transport == nullptr) {
     return FailFrom(
         std::move(complete.round),
         {nullptr, 0,
          "its forward went through other processes, and it was detached from them since; run "
          "forward and backward with the same processes",
          false});
-  }
-  if (complete.transport == nullptr || (first.backward && !came_from_elsewhere)) {
-    return Succeed(complete.round, total, complete.round.id);
   }
   Contribution contribution{
       first.key,   first.call,       first.backward, first.backward ? first.phase : 0,
@@ -231,13 +228,14 @@ void KeyBarrier::FailFrom(Round round, const Outcome& outcome) {
   const Arrival& first = round.present.front().arrival;
   std::string error = Describe(first) + outcome.error;
   if (error.back() != '.') error += '.';
+  std::vector<FailedRound> failed;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    CountFailure(first.key);
+    failed.push_back(
+        CountedFailure(std::move(round), std::move(error),
+                       outcome.deadline ? Failure::kProcessDeadline : Failure::kOther));
   }
-  const Failure failure = outcome.deadline ? Failure::kProcessDeadline : Failure::kOther;
-  std::vector<FailedRound> failed;
-  failed.push_back({std::move(round), std::move(error), failure, false, nullptr});
+  failed.front().transport = nullptr;  // it knows
   Fail(std::move(failed));
 }
 
@@ -274,11 +272,7 @@ std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
         for (const auto& p : round->present) os << ' ' << p.arrival.name;
         os << "; missing: " << round->num_devices - static_cast<int>(round->present.size())
            << " of " << round->num_devices << ".";
-        const std::string& key = round->present.front().arrival.key;
-        CountFailure(key);
-        auto transport = TransportOf(key);
-        taken.push_back(
-            {std::move(*round), os.str(), Failure::kOther, false, std::move(transport)});
+        taken.push_back(CountedFailure(std::move(*round), os.str()));
         round = rounds.erase(round);
       } else {
         ++round;
@@ -298,10 +292,7 @@ std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
     DropTicket({arrival.key, arrival.call, arrival.participant}, arrival.ticket);
     Round round{0, waiting->present.arrival.num_devices, waiting->since, {}};
     round.present.push_back(std::move(waiting->present));
-    const std::string& key = round.present.front().arrival.key;
-    CountFailure(key);
-    auto transport = TransportOf(key);
-    taken.push_back({std::move(round), error, Failure::kOther, false, std::move(transport)});
+    taken.push_back(CountedFailure(std::move(round), error));
     waiting = waiting_.erase(waiting);
   }
   return taken;
@@ -377,9 +368,12 @@ bool KeyBarrier::SharesSender(const std::string& key) const {
 }
 
 // The lock is held.
-void KeyBarrier::CountFailure(const std::string& key) {
+KeyBarrier::FailedRound KeyBarrier::CountedFailure(Round round, std::string error,
+                                                   Failure failure) {
+  KeyNotes& notes = notes_[round.present.front().arrival.key];
   ++failures_;
-  ++notes_[key].failures;
+  ++notes.failures;
+  return {std::move(round), std::move(error), failure, false, notes.transport};
 }
 
 void KeyBarrier::SetTransport(const std::string& key, std::shared_ptr<Transport> transport) {

@@ -195,7 +195,7 @@ class KeyBarrier {
   static void Succeed(const Round& round, const std::vector<double>& total, std::uint64_t id);
   void FailFrom(Round round, const Outcome& outcome);
   static void Fail(std::vector<FailedRound> failed);
-  void CountFailure(const std::string& key);
+  FailedRound CountedFailure(Round round, std::string error, Failure failure = Failure::kOther);
   std::shared_ptr<Transport> TransportOf(const std::string& key) const;
   bool SharesSender(const std::string& key) const;
   static std::string Describe(const Arrival& first);

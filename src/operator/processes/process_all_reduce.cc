@@ -391,11 +391,8 @@ void ProcessAllReduce::LookForLateOnes() {
     const Inquiry& inquiry = known->second;
     if (now < inquiry.until && !AllAnswered(inquiry)) continue;
     std::ostringstream why;
-    if (late) {
-      why << "not every process came to " << NameOf(id) << " within " << seconds << " s";
-    } else {
-      why << "not every process came to " << NameOf(id);
-    }
+    why << "not every process came to " << NameOf(id);
+    if (late) why << " within " << seconds << " s";
     why << ": " << WhoIsMissing(inquiry);
     return FailAll(why.str(), late, true);
   }

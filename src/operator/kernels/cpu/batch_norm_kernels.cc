@@ -245,7 +245,7 @@ void RunTyped(const MomentsBackwardParams& p) {
 
 template <typename Params>
 void Dispatch(const Params& params) {
-  WithType(params.type, [&](auto element) { RunTyped<decltype(element)>(params); });
+  WithType<Float16>(params.type, [&](auto element) { RunTyped<decltype(element)>(params); });
 }
 
 }  // namespace

@@ -61,7 +61,7 @@ void RunTyped(const MovingAverageBackwardParams& p) {
 
 template <typename Params>
 void Dispatch(const Params& params) {
-  WithType(params.type, [&](auto element) { RunTyped<decltype(element)>(params); });
+  WithType<Float16>(params.type, [&](auto element) { RunTyped<decltype(element)>(params); });
 }
 
 }  // namespace

@@ -10,10 +10,10 @@
 #include <vector>
 
 #include "kernels/batch_norm_math.h"
-#include "kernels/cpu/element_type.h"
 #include "kernels/cpu/feature_tiles.h"
 #include "kernels/cpu/loops.h"
 #include "kernels/cpu/threads.h"
+#include "kernels/element_type.h"
 
 namespace gluon_syncbn {
 

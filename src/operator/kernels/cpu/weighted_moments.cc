@@ -6,9 +6,9 @@
 #include <vector>
 
 #include "kernels/acc_type.h"
-#include "kernels/cpu/element_type.h"
 #include "kernels/cpu/float16.h"
 #include "kernels/cpu/threads.h"
+#include "kernels/element_type.h"
 #include "kernels/weighted_moments_math.h"
 
 namespace gluon_syncbn {
@@ -88,7 +88,8 @@ void RunTyped(const MomentsBackwardParams& p, const PositionWeights& given) {
 
 template <typename Params>
 void Dispatch(const Params& params, const PositionWeights& weights) {
-  WithType(params.type, [&](auto element) { RunTyped<decltype(element)>(params, weights); });
+  WithType<Float16>(params.type,
+                    [&](auto element) { RunTyped<decltype(element)>(params, weights); });
 }
 
 }  // namespace

@@ -17,6 +17,7 @@
 #include "kernels/cuda/per_channel.cuh"
 #include "kernels/cuda/reduction.cuh"
 #include "kernels/cuda/runtime.cuh"
+#include "kernels/element_type.h"
 
 namespace gluon_syncbn {
 namespace {
@@ -260,7 +261,7 @@ template <typename Params>
 void Dispatch(const Gpu& gpu, const Params& params) {
   Check(cudaSetDevice(gpu.device));
   if (params.shape.channels == 0) return;
-  WithType(params.type, [&](auto element) { RunTyped<decltype(element)>(gpu, params); });
+  WithType<__half>(params.type, [&](auto element) { RunTyped<decltype(element)>(gpu, params); });
 }
 
 }  // namespace
@@ -286,8 +287,9 @@ void* PlaceOfGradient(const Gpu& gpu, const LocalBackwardParams& p) {
   void* const to = p.dx_mode == WriteMode::kWrite ? p.dx : nullptr;
   const Extent extent = ToExtent(p.shape);
   void* place = nullptr;
-  WithType(p.type,
-           [&](auto element) { place = PlaceOfGradient<decltype(element)>(gpu, p, extent, to); });
+  WithType<__half>(p.type, [&](auto element) {
+    place = PlaceOfGradient<decltype(element)>(gpu, p, extent, to);
+  });
   return place;
 }
 

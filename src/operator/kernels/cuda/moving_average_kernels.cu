@@ -8,6 +8,7 @@
 #include "kernels/cuda/per_channel.cuh"
 #include "kernels/cuda/reduction.cuh"
 #include "kernels/cuda/runtime.cuh"
+#include "kernels/element_type.h"
 #include "kernels/moving_average_kernels.h"
 #include "kernels/moving_average_math.h"
 
@@ -94,7 +95,7 @@ template <typename Params>
 void Dispatch(const Gpu& gpu, const Params& params) {
   Check(cudaSetDevice(gpu.device));
   if (params.shape.channels == 0) return;
-  WithType(params.type, [&](auto element) { RunTyped<decltype(element)>(gpu, params); });
+  WithType<__half>(params.type, [&](auto element) { RunTyped<decltype(element)>(gpu, params); });
 }
 
 }  // namespace

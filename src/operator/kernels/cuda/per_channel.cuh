@@ -1,5 +1,5 @@
 // What the files of CUDA kernels have in common besides reductions and elementwise arithmetic: a
-// thread per channel, shapes, copies, types.
+// thread per channel, shapes, copies.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,19 +18,6 @@ void PerChannel(const Gpu& gpu, int64_t channels, void (*kernel)(Parameters...),
                 const Arguments&... arguments) {
   Launch(gpu, kernel, dim3(static_cast<unsigned>(CeilDiv(channels, kThreads))), dim3(kThreads),
          arguments...);
-}
-
-// Calls visit(an element of the type).
-template <typename Visit>
-void WithType(DataType type, const Visit& visit) {
-  switch (type) {
-    case DataType::kFloat16:
-      return visit(__half{});
-    case DataType::kFloat32:
-      return visit(float{});
-    case DataType::kFloat64:
-      return visit(double{});
-  }
 }
 
 inline Extent ToExtent(const FeatureShape& s) {

@@ -4,6 +4,7 @@
 
 #include "kernels/cuda/per_channel.cuh"
 #include "kernels/cuda/runtime.cuh"
+#include "kernels/element_type.h"
 #include "kernels/weighted_moments.h"
 #include "kernels/weighted_moments_math.h"
 
@@ -86,7 +87,8 @@ template <typename Params>
 void Dispatch(const Gpu& gpu, const Params& params, const PositionWeights& weights) {
   Check(cudaSetDevice(gpu.device));
   if (params.shape.channels == 0) return;
-  WithType(params.type, [&](auto element) { RunTyped<decltype(element)>(gpu, params, weights); });
+  WithType<__half>(params.type,
+                   [&](auto element) { RunTyped<decltype(element)>(gpu, params, weights); });
 }
 
 }  // namespace
