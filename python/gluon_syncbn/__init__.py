@@ -6,6 +6,7 @@ check_environment()
 
 # Only now: with another NumPy these fail in obscure ways, inside MXNet.
 from . import distributed, symbol  # noqa: E402
+from .barrier_stats import barrier_stats  # noqa: E402
 from .centered_convolution import CenConv2d  # noqa: E402
 from .conversion import (  # noqa: E402
     ConversionError,
@@ -47,6 +48,7 @@ __all__ = [
     "MABN2d",
     "ModelDataParallel",
     "SyncBatchNorm",
+    "barrier_stats",
     "convert_mabn",
     "convert_symbol",
     "convert_sync_batchnorm",
