@@ -6,7 +6,6 @@ check_environment()
 
 # Only now: with another NumPy these fail in obscure ways, inside MXNet.
 from . import distributed, symbol  # noqa: E402
-from .barrier_stats import barrier_stats  # noqa: E402
 from .centered_convolution import CenConv2d  # noqa: E402
 from .conversion import (  # noqa: E402
     ConversionError,
@@ -31,6 +30,7 @@ from .startup import start  # noqa: E402
 from .sync_batch_norm import BatchNorm, SyncBatchNorm  # noqa: E402
 from .tensorflow import sync_batch_norm  # noqa: E402
 from .version import __version__  # noqa: E402, F401
+from .waiting import barrier_stats  # noqa: E402
 
 start()
 del start

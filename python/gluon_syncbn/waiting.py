@@ -6,10 +6,11 @@ import os
 from collections import defaultdict
 from typing import Dict, List, NamedTuple
 
-from .barrier_chart import draw
-from .barrier_trace import add_events
 from .key_barrier import BARRIER
+from .waiting_chart import draw
+from .waiting_trace import add_events
 
+RESULTS = ["BarrierStats", "DeviceStats", "KeyStats", "Wait"]  # what users get
 _KEYS_IN_TABLE = 20
 
 
@@ -72,7 +73,7 @@ class Wait(NamedTuple):
     device, last : str
         Who waited, and who came last.
     came, complete, ended : float
-        Seconds of :func:`time.monotonic`: when the device came, when the last one did, and when the
+        Seconds of ``time.monotonic()``: when the device came, when the last one did, and when the
         result was there, which is later if other processes took part.
     """
 
@@ -234,7 +235,7 @@ def _table(rows):
 def barrier_stats(reset: bool = False) -> BarrierStats:
     """Return what the all-reduces of this process have recorded: who waited, and for whom.
 
-    Recording is always on.  In a process of a job (:mod:`gluon_syncbn.distributed`), it covers the
+    Recording is always on.  In a process of a job (``gluon_syncbn.distributed``), it covers the
     devices of this process.
 
     Parameters

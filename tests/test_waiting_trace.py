@@ -5,7 +5,7 @@ import json
 import pytest
 
 import fresh_process
-from gluon_syncbn.barrier_stats import BarrierStats, Wait
+from gluon_syncbn.waiting import BarrierStats, Wait
 
 PROFILED = """
 import json

@@ -10,7 +10,7 @@ _NAME = 40  # characters of a key
 
 
 def draw(waits: list, filename: Any) -> None:
-    """Draw waits (:class:`gluon_syncbn.barrier_stats.Wait`); see ``BarrierStats.plot``."""
+    """Draw waits (:class:`gluon_syncbn.waiting.Wait`); see ``BarrierStats.plot``."""
     if not waits:
         raise ValueError("there is nothing to draw: no round has ended yet")
     try:
