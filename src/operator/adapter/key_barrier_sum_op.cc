@@ -113,6 +113,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
     // ticket keeps the program's order.  An executor may run long after it is bound, if ever, so it
     // takes no ticket; the engine keeps the calls of a layer in order (SyncBNSumProperty).
     const CallScope& call = CurrentCall();
+    if (call.active) called_ = barrier_->Now();
     if (ForLayer() || !call.active) return;
     pass_ = call.pass;
     ticket_ = barrier_->TakeTicket(param_.key, param_.call, participant_);
@@ -210,6 +211,8 @@ class KeyBarrierSumOp : public mxnet::Operator {
     arrival.phase = ForLayer() ? pass_ : 0;
     arrival.ticket = ticket_;
     ticket_ = 0;
+    arrival.called = called_;
+    called_ = 0;
     arrival.merge = merge_;
     barrier_->Arrive(std::move(arrival), [this, call](const Result& result) {
       round_ = result.round;
@@ -241,6 +244,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
   // calls of one operator state at a time.
   bool exchanged_ = true;
   std::uint64_t ticket_ = 0;  // until the first forward has used it
+  std::uint64_t called_ = 0;  // when, known until then
   std::uint64_t pass_ = 0;
   std::uint64_t round_ = 0;
   int round_devices_ = 0;

@@ -2,6 +2,7 @@
 #include "exchange/key_barrier.h"
 
 #include <algorithm>
+#include <iterator>
 #include <new>
 #include <sstream>
 #include <system_error>
@@ -14,6 +15,10 @@ std::chrono::steady_clock::duration Seconds(double seconds) {
   return std::chrono::duration_cast<std::chrono::steady_clock::duration>(
       std::chrono::duration<double>(std::min(1e9, std::max(1e-3, seconds))));
 }
+
+// No arrival of an earlier pass is still to come, or to an earlier round that failed.
+constexpr std::size_t kRemembered = 4096;
+constexpr std::size_t kRememberedRounds = 64;
 
 struct Contradiction {
   Failure failure = Failure::kNone;
@@ -71,10 +76,15 @@ void KeyBarrier::Arrive(Arrival arrival, Completion done) {
   Ended ended;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    waiting_.push_back({Clock::now(), {std::move(arrival), std::move(done)}});
+    waiting_.push_back({Clock::now(), {std::move(arrival), std::move(done)}, ""});
     Advance(&ended);
   }
   Notify(std::move(ended));
+}
+
+std::uint64_t KeyBarrier::Now() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return next_ticket_++;
 }
 
 std::uint64_t KeyBarrier::TakeTicket(const std::string& key, int call, std::uint64_t participant) {
@@ -113,12 +123,15 @@ void KeyBarrier::Advance(Ended* ended) {
   for (;;) {
     const auto next = std::find_if(waiting_.begin(), waiting_.end(),
                                    [this](const Waiting& w) { return IsNext(w.present.arrival); });
-    if (next == waiting_.end()) break;
-    Present present = std::move(next->present);
+    if (next == waiting_.end()) {
+      if (EndPasses(&ended->failed)) continue;
+      break;
+    }
+    Waiting waiting = std::move(*next);
     waiting_.erase(next);
-    const Arrival& arrival = present.arrival;
+    const Arrival& arrival = waiting.present.arrival;
     DropTicket({arrival.key, arrival.call, arrival.participant}, arrival.ticket);
-    Join(std::move(present), ended);
+    Join(std::move(waiting.present), waiting.failed, ended);
   }
   if (waiting_.empty() && open_.empty()) return;
   try {
@@ -136,25 +149,28 @@ void KeyBarrier::Advance(Ended* ended) {
   }
 }
 
-// The lock is held.
-void KeyBarrier::Join(Present present, Ended* ended) {
+// `failed`: why the arrival has failed, if it has: its round will not be complete.  The lock is
+// held.
+void KeyBarrier::Join(Present present, const std::string& failed, Ended* ended) {
   Arrival& arrival = present.arrival;
-  const auto aborted = aborted_.find(arrival.pass);
-  if (!closed_.empty() || aborted != aborted_.end()) {
-    Round refused{0, arrival.num_devices, Clock::now(), {}};
-    refused.present.push_back(std::move(present));
-    ended->failed.push_back(
-        CountedFailure(std::move(refused), closed_.empty() ? aborted->second : closed_));
-    return;
-  }
   const Phase phase{arrival.key, arrival.call, arrival.phase};
-  const std::string& phase_key = std::get<0>(phase);
   auto& rounds = open_[phase];
   auto round = std::find_if(rounds.begin(), rounds.end(), [&](const Round& r) {
     return std::none_of(r.present.begin(), r.present.end(), [&](const Present& p) {
       return p.arrival.participant == arrival.participant;
     });
   });
+  std::string refusal = MissedBy(arrival, phase, round == rounds.end() ? next_id_ : round->id);
+  const auto aborted = aborted_.find(arrival.pass);
+  if (aborted != aborted_.end()) refusal = Describe(arrival) + aborted->second;
+  if (!closed_.empty()) refusal = closed_;
+  if (!refusal.empty()) {
+    if (rounds.empty()) open_.erase(phase);
+    Round refused{0, arrival.num_devices, Clock::now(), {}};
+    refused.present.push_back(std::move(present));
+    ended->failed.push_back(CountedFailure(std::move(refused), std::move(refusal)));
+    return;
+  }
   if (round == rounds.end()) {
     rounds.push_back({next_id_++, arrival.num_devices, Clock::now(), {}});
     round = std::prev(rounds.end());
@@ -164,16 +180,61 @@ void KeyBarrier::Join(Present present, Ended* ended) {
           ? Contradiction()
           : FindContradiction(round->present.front().arrival, round->num_devices, arrival);
   round->present.push_back(std::move(present));
-  if (contradiction.failure != Failure::kNone) {
-    std::string error = Describe(round->present.front().arrival) + contradiction.message;
+  if (!failed.empty() || contradiction.failure != Failure::kNone) {
+    std::string error =
+        failed.empty() ? Describe(round->present.front().arrival) + contradiction.message : failed;
     ended->failed.push_back(
         CountedFailure(std::move(*round), std::move(error), contradiction.failure));
     rounds.erase(round);
   } else if (static_cast<int>(round->present.size()) >= round->num_devices) {
-    ended->complete.push_back({std::move(*round), TransportOf(phase_key)});
+    ended->complete.push_back({std::move(*round), TransportOf(std::get<0>(phase))});
     rounds.erase(round);
   }
   if (rounds.empty()) open_.erase(phase);
+}
+
+// Returns why the arrival is late, if it belongs to a round that has failed and is older than
+// `before`; notes that it came.  The lock is held.
+std::string KeyBarrier::MissedBy(const Arrival& arrival, const Phase& phase, std::uint64_t before) {
+  const auto of_phase = missed_.find(phase);
+  if (of_phase == missed_.end()) return "";
+  std::string error;
+  auto& all = of_phase->second;
+  for (auto next = all.begin(); next != all.end() && next->first < before;) {
+    Missed& missed = next->second;
+    const bool is_new = missed.came.insert(arrival.participant).second;
+    if (is_new && arrival.called != 0 && arrival.called < missed.failed) {
+      error = Describe(arrival) + arrival.name +
+              " came after its round had failed; run the step again on every device. The round: " +
+              missed.error;
+    }
+    const bool all_came = static_cast<int>(missed.came.size()) >= missed.num_devices;
+    next = all_came ? all.erase(next) : std::next(next);
+    if (!error.empty()) break;
+  }
+  if (all.empty()) missed_.erase(of_phase);
+  return error;
+}
+
+// Ends the passes of rounds that have failed.  Returns whether more failed by that.  The lock is
+// held.
+bool KeyBarrier::EndPasses(std::vector<FailedRound>* failed) {
+  const std::size_t before = failed->size();
+  for (std::size_t i = 0; i < failed->size(); ++i) {
+    const std::string why = "its pass had failed before: " + (*failed)[i].error;
+    std::set<std::uint64_t> passes;
+    for (const auto& p : (*failed)[i].round.present) {
+      const std::uint64_t pass = p.arrival.pass;
+      if (pass != 0 && aborted_.emplace(pass, why).second) passes.insert(pass);
+    }
+    if (passes.empty()) continue;
+    auto more = TakeRounds(
+        [&](const Arrival& arrival, Clock::time_point) { return passes.count(arrival.pass) != 0; },
+        why);
+    std::move(more.begin(), more.end(), std::back_inserter(*failed));
+  }
+  while (aborted_.size() > kRemembered) aborted_.erase(aborted_.begin());
+  return failed->size() != before;
 }
 
 void KeyBarrier::Notify(Ended ended) {
@@ -281,19 +342,20 @@ std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
     phase = rounds.empty() ? open_.erase(phase) : std::next(phase);
   }
   for (auto waiting = waiting_.begin(); waiting != waiting_.end();) {
-    if (!predicate(waiting->present.arrival, waiting->since)) {
+    if (!waiting->failed.empty() || !predicate(waiting->present.arrival, waiting->since)) {
       ++waiting;
       continue;
     }
     const std::string error = Describe(waiting->present.arrival) + why +
                               " An earlier call with this key on " + waiting->present.arrival.name +
                               " has not run yet.";
-    const Arrival& arrival = waiting->present.arrival;
-    DropTicket({arrival.key, arrival.call, arrival.participant}, arrival.ticket);
     Round round{0, waiting->present.arrival.num_devices, waiting->since, {}};
-    round.present.push_back(std::move(waiting->present));
+    round.present.push_back(waiting->present);
+    waiting->failed = error;
+    waiting->present.arrival.values.clear();
+    waiting->present.done = [](const Result&) {};
     taken.push_back(CountedFailure(std::move(round), error));
-    waiting = waiting_.erase(waiting);
+    ++waiting;
   }
   return taken;
 }
@@ -332,8 +394,6 @@ Pass KeyBarrier::PassOf(const std::string& key, std::uint64_t participant) const
 }
 
 void KeyBarrier::Abort(const std::vector<std::uint64_t>& passes, const std::string& why) {
-  constexpr std::size_t kRemembered = 4096;  // no arrival of an earlier pass is still to come
-  std::vector<FailedRound> failed;
   Ended ended;
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -341,12 +401,11 @@ void KeyBarrier::Abort(const std::vector<std::uint64_t>& passes, const std::stri
       if (pass != 0) aborted_[pass] = why;
     }
     while (aborted_.size() > kRemembered) aborted_.erase(aborted_.begin());
-    failed = TakeRounds([&](const Arrival& arrival,
-                            Clock::time_point) { return aborted_.count(arrival.pass) != 0; },
-                        why);
+    ended.failed = TakeRounds([&](const Arrival& arrival,
+                                  Clock::time_point) { return aborted_.count(arrival.pass) != 0; },
+                              why);
     Advance(&ended);  // arrivals that waited for the tickets of those that have just failed
   }
-  Fail(std::move(failed));
   Notify(std::move(ended));
 }
 
@@ -370,7 +429,16 @@ bool KeyBarrier::SharesSender(const std::string& key) const {
 // The lock is held.
 KeyBarrier::FailedRound KeyBarrier::CountedFailure(Round round, std::string error,
                                                    Failure failure) {
-  KeyNotes& notes = notes_[round.present.front().arrival.key];
+  const Arrival& first = round.present.front().arrival;
+  if (round.id != 0 && !first.backward && first.phase == 0 &&
+      static_cast<int>(round.present.size()) < round.num_devices) {
+    auto& all = missed_[Phase{first.key, first.call, first.phase}];
+    Missed& missed = all[round.id];
+    missed = {next_ticket_++, round.num_devices, {}, error};
+    for (const auto& p : round.present) missed.came.insert(p.arrival.participant);
+    if (all.size() > kRememberedRounds) all.erase(all.begin());
+  }
+  KeyNotes& notes = notes_[first.key];
   ++failures_;
   ++notes.failures;
   return {std::move(round), std::move(error), failure, false, notes.transport};
@@ -459,14 +527,14 @@ void KeyBarrier::Watch() {
     std::ostringstream why;
     why << "not every device came within " << std::chrono::duration<double>(timeout_).count()
         << " s.";
-    std::vector<FailedRound> failed =
+    Ended ended;
+    ended.failed =
         TakeRounds([&](const Arrival&, Clock::time_point since) { return now - since >= timeout_; },
                    why.str());
-    for (auto& f : failed) {
+    for (auto& f : ended.failed) {
       f.failure = Failure::kDeadline;
       f.shared_sender = SharesSender(f.round.present.front().arrival.key);
     }
-    Ended ended;
     Advance(&ended);  // arrivals that waited for the tickets of those that have just failed
     next_look_ = now + timeout_;
     for (const auto& phase_and_rounds : open_) {
@@ -474,9 +542,10 @@ void KeyBarrier::Watch() {
         next_look_ = std::min(next_look_, round.opened + timeout_);
       }
     }
-    for (const auto& w : waiting_) next_look_ = std::min(next_look_, w.since + timeout_);
+    for (const auto& w : waiting_) {
+      if (w.failed.empty()) next_look_ = std::min(next_look_, w.since + timeout_);
+    }
     lock.unlock();
-    Fail(std::move(failed));
     Notify(std::move(ended));
     lock.lock();
   }

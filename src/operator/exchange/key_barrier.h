@@ -46,6 +46,8 @@ struct Arrival {
   // From TakeTicket: the arrival waits for those of its participant with earlier tickets.
   // 0: it does not wait.
   std::uint64_t ticket = 0;
+  // From Now, when the program made the call; 0: unknown.
+  std::uint64_t called = 0;
   Merge merge = Merge::kSum;
   // Whether the thread has up to 50 us for the messages of other processes: to wake another thread
   // for them takes longer than most rounds.  Nothing depends on it.
@@ -97,7 +99,14 @@ class KeyBarrier {
   // not present, or opens one.  Values are merged in the order of the participants' numbers, not of
   // their arrival: the result is the same, bit for bit, on every run.  An arrival that contradicts
   // its round in kind, num_devices, merge or length fails the round.
+  //
+  // A round that fails ends its pass (Abort).  Outside of a pass, an arrival that comes late to a
+  // round that has failed gets an error, and joins no later round, if it was called before that.
+  // If it was called after that, the program has begun anew.
   void Arrive(Arrival arrival, Completion done);
+
+  // A number that is greater than all that were given before: a time, for Arrival::called.
+  std::uint64_t Now();
 
   // Takes a ticket for a later arrival.  The arrivals of a participant under this key and call join
   // rounds in the order of their tickets, even if they come in a different order.
@@ -151,6 +160,14 @@ class KeyBarrier {
   struct Waiting {
     Clock::time_point since;
     Present present;
+    std::string failed;  // why, if its deadline has passed: it keeps its place among the tickets
+  };
+  // A forward round outside of a pass that failed before all participants had come.
+  struct Missed {
+    std::uint64_t failed;  // when; see Now
+    int num_devices;
+    std::set<std::uint64_t> came;  // participants, also those that came late or began anew
+    std::string error;
   };
   struct Round {
     std::uint64_t id;
@@ -188,7 +205,9 @@ class KeyBarrier {
   bool IsNext(const Arrival& arrival) const;
   void DropTicket(const Queue& queue, std::uint64_t ticket);
   void Advance(Ended* ended);
-  void Join(Present present, Ended* ended);
+  void Join(Present present, const std::string& failed, Ended* ended);
+  std::string MissedBy(const Arrival& arrival, const Phase& phase, std::uint64_t before);
+  bool EndPasses(std::vector<FailedRound>* failed);
   void Notify(Ended ended);
   static void SortByParticipant(std::vector<Present>* present);
   void Complete(CompleteRound complete);
@@ -205,9 +224,10 @@ class KeyBarrier {
   void Watch();
 
   mutable std::mutex mutex_;
-  std::map<Phase, std::vector<Round>> open_;          // oldest first
-  std::map<Queue, std::set<std::uint64_t>> tickets_;  // taken and not yet used
-  std::vector<Waiting> waiting_;                      // arrivals with earlier tickets before them
+  std::map<Phase, std::vector<Round>> open_;                 // oldest first
+  std::map<Queue, std::set<std::uint64_t>> tickets_;         // taken and not yet used
+  std::map<Phase, std::map<std::uint64_t, Missed>> missed_;  // by round; the latest ones
+  std::vector<Waiting> waiting_;  // arrivals with earlier tickets before them
   std::uint64_t next_ticket_ = 1;
   std::map<std::string, KeyNotes> notes_;
   std::map<std::uint64_t, std::string> aborted_;  // pass -> why; the latest ones
