@@ -138,11 +138,12 @@ class KeyBarrierSumOp : public mxnet::Operator {
         name_(ContextName(context)),
         merge_(merge) {
     RequireDevice(context);
-    barrier_->NoteCall(param_.key, participant_, name_, Sender());
+    const auto called = barrier_->NoteCall(param_.key, participant_, name_, Sender());
     // The operator is created when the program calls it, and runs when its input is ready: the
     // ticket keeps the program's order.  An executor may run long after it is bound, if ever, so it
     // takes no ticket; the engine keeps the calls of a layer in order (SyncBNSumProperty).
     const CallScope& call = CurrentCall();
+    if (call.active) called_ = called;
     if (ForLayer() || !call.active) return;
     pass_ = call.pass;
     ticket_ = barrier_->TakeTicket(param_.key, param_.call, participant_);
@@ -247,6 +248,8 @@ class KeyBarrierSumOp : public mxnet::Operator {
     arrival.phase = ForLayer() ? pass_ : 0;
     arrival.ticket = ticket_;
     ticket_ = 0;
+    arrival.called = called_;
+    called_ = {};
     arrival.merge = merge_;
     barrier_->Arrive(std::move(arrival), [this, call](const Result& result) {
       round_ = result.round;
@@ -277,7 +280,8 @@ class KeyBarrierSumOp : public mxnet::Operator {
   // Of the last forward, for its backward, which joins the same devices.  The engine never runs two
   // calls of one operator state at a time.
   bool exchanged_ = true;
-  std::uint64_t ticket_ = 0;  // until the first forward has used it
+  std::uint64_t ticket_ = 0;    // until the first forward has used it
+  Clock::time_point called_{};  // when, known until then
   std::uint64_t pass_ = 0;
   std::uint64_t round_ = 0;
   int round_devices_ = 0;

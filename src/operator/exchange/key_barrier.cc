@@ -2,6 +2,7 @@
 #include "exchange/key_barrier.h"
 
 #include <algorithm>
+#include <iterator>
 #include <new>
 #include <sstream>
 #include <system_error>
@@ -16,6 +17,9 @@ std::chrono::steady_clock::duration Seconds(double seconds) {
   return std::chrono::duration_cast<std::chrono::steady_clock::duration>(
       std::chrono::duration<double>(std::min(1e9, std::max(1e-3, seconds))));
 }
+
+// No arrival of an earlier pass is still to come, or to an earlier round that failed.
+constexpr std::size_t kRemembered = 4096;
 
 struct Contradiction {
   Failure failure = Failure::kNone;
@@ -76,7 +80,7 @@ void KeyBarrier::Arrive(Arrival arrival, Completion done) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     const Clock::time_point now = Clock::now();
-    waiting_.push_back({now, {std::move(arrival), std::move(done), {}}});
+    waiting_.push_back({now, {std::move(arrival), std::move(done), {}}, ""});
     Advance(now, &ended);
   }
   Notify(std::move(ended));
@@ -118,13 +122,16 @@ void KeyBarrier::Advance(Clock::time_point now, Ended* ended) {
   for (;;) {
     const auto next = std::find_if(waiting_.begin(), waiting_.end(),
                                    [this](const Waiting& w) { return IsNext(w.present.arrival); });
-    if (next == waiting_.end()) break;
-    Present present = std::move(next->present);
-    present.came = now;
+    if (next == waiting_.end()) {
+      if (EndPasses(&ended->failed)) continue;
+      break;
+    }
+    Waiting waiting = std::move(*next);
+    waiting.present.came = now;
     waiting_.erase(next);
-    const Arrival& arrival = present.arrival;
+    const Arrival& arrival = waiting.present.arrival;
     DropTicket({arrival.key, arrival.call, arrival.participant}, arrival.ticket);
-    Join(std::move(present), ended);
+    Join(std::move(waiting.present), waiting.failed, ended);
   }
   if (waiting_.empty() && open_.empty()) return;
   try {
@@ -142,25 +149,33 @@ void KeyBarrier::Advance(Clock::time_point now, Ended* ended) {
   }
 }
 
-// The lock is held.
-void KeyBarrier::Join(Present present, Ended* ended) {
+// `failed`: why the arrival has failed, if it has: its round will not be complete.  The lock is
+// held.
+void KeyBarrier::Join(Present present, const std::string& failed, Ended* ended) {
   Arrival& arrival = present.arrival;
-  const auto aborted = aborted_.find(arrival.pass);
-  if (!closed_.empty() || aborted != aborted_.end()) {
-    Round refused{0, arrival.num_devices, present.came, {}};
-    refused.present.push_back(std::move(present));
-    ended->failed.push_back(
-        CountedFailure(std::move(refused), closed_.empty() ? aborted->second : closed_));
-    return;
-  }
   const Phase phase{arrival.key, arrival.call, arrival.phase};
-  const std::string& phase_key = std::get<0>(phase);
   auto& rounds = open_[phase];
   auto round = std::find_if(rounds.begin(), rounds.end(), [&](const Round& r) {
     return std::none_of(r.present.begin(), r.present.end(), [&](const Present& p) {
       return p.arrival.participant == arrival.participant;
     });
   });
+  std::string refusal;
+  if (!arrival.backward && arrival.phase == 0) {
+    const auto id = round == rounds.end() ? next_id_ : round->id;
+    refusal = missed_.Refusal({arrival.key, arrival.call}, arrival, id);
+    if (!refusal.empty()) refusal = Describe(arrival) + refusal;
+  }
+  const auto aborted = aborted_.find(arrival.pass);
+  if (aborted != aborted_.end()) refusal = Describe(arrival) + aborted->second;
+  if (!closed_.empty()) refusal = closed_;
+  if (!refusal.empty()) {
+    if (rounds.empty()) open_.erase(phase);
+    Round refused{0, arrival.num_devices, present.came, {}};
+    refused.present.push_back(std::move(present));
+    ended->failed.push_back(CountedFailure(std::move(refused), std::move(refusal)));
+    return;
+  }
   if (round == rounds.end()) {
     rounds.push_back({next_id_++, arrival.num_devices, present.came, {}});
     round = std::prev(rounds.end());
@@ -170,13 +185,14 @@ void KeyBarrier::Join(Present present, Ended* ended) {
           ? Contradiction()
           : FindContradiction(round->present.front().arrival, round->num_devices, arrival);
   round->present.push_back(std::move(present));
-  if (contradiction.failure != Failure::kNone) {
-    std::string error = Describe(round->present.front().arrival) + contradiction.message;
+  if (!failed.empty() || contradiction.failure != Failure::kNone) {
+    std::string error =
+        failed.empty() ? Describe(round->present.front().arrival) + contradiction.message : failed;
     ended->failed.push_back(
         CountedFailure(std::move(*round), std::move(error), contradiction.failure));
     rounds.erase(round);
   } else if (static_cast<int>(round->present.size()) >= round->num_devices) {
-    KeyNotes& notes = notes_[phase_key];
+    KeyNotes& notes = notes_[std::get<0>(phase)];
     CompleteRound complete{std::move(*round), notes.transport, false};
     rounds.erase(round);
     // Backward, it takes the way of its forward.
@@ -184,7 +200,7 @@ void KeyBarrier::Join(Present present, Ended* ended) {
     complete.goes_on =
         last.backward ? (last.phase & Transport::kElsewhere) != 0 : complete.transport != nullptr;
     if (!complete.goes_on) {
-      records_.Add(RecordOf(phase_key, &notes), complete.round, true,
+      records_.Add(RecordOf(std::get<0>(phase), &notes), complete.round, true,
                    complete.round.present.back().came);
     }
     ended->complete.push_back(std::move(complete));
@@ -195,6 +211,35 @@ void KeyBarrier::Join(Present present, Ended* ended) {
 KeyRecord* KeyBarrier::RecordOf(const std::string& key, KeyNotes* notes) {
   if (notes->record == nullptr) notes->record = &records_.Of(key);
   return notes->record;
+}
+
+// Ends the passes of rounds that have failed.  Returns whether more failed by that.  The lock is
+// held.
+bool KeyBarrier::EndPasses(std::vector<FailedRound>* failed) {
+  const std::size_t before = failed->size();
+  for (std::size_t i = 0; i < failed->size(); ++i) {
+    const FailedRound& first = (*failed)[i];
+    const Failure failure = first.failure;
+    const Diagnosis diagnosis = first.diagnosis;
+    const std::string why = "its pass had failed before: ", error = first.error;
+    const std::string for_later =
+        why + diagnosis.text + (diagnosis.text.empty() ? "" : " ") + error;
+    std::set<std::uint64_t> passes;
+    for (const auto& p : first.round.present) {
+      const std::uint64_t pass = p.arrival.pass;
+      if (pass != 0 && aborted_.emplace(pass, for_later).second) passes.insert(pass);
+    }
+    if (passes.empty()) continue;
+    for (auto& also : TakeRounds([&](const Arrival& arrival,
+                                     Clock::time_point) { return passes.count(arrival.pass) != 0; },
+                                 why + error)) {
+      also.failure = failure;
+      also.diagnosis = diagnosis;
+      failed->push_back(std::move(also));
+    }
+  }
+  while (aborted_.size() > kRemembered) aborted_.erase(aborted_.begin());
+  return failed->size() != before;
 }
 
 void KeyBarrier::Notify(Ended ended) {
@@ -310,19 +355,20 @@ std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
     phase = rounds.empty() ? open_.erase(phase) : std::next(phase);
   }
   for (auto waiting = waiting_.begin(); waiting != waiting_.end();) {
-    if (!predicate(waiting->present.arrival, waiting->since)) {
+    if (!waiting->failed.empty() || !predicate(waiting->present.arrival, waiting->since)) {
       ++waiting;
       continue;
     }
     const std::string error = Describe(waiting->present.arrival) + why +
                               " An earlier call with this key on " + waiting->present.arrival.name +
                               " has not run yet.";
-    const Arrival& arrival = waiting->present.arrival;
-    DropTicket({arrival.key, arrival.call, arrival.participant}, arrival.ticket);
     Round round{0, waiting->present.arrival.num_devices, waiting->since, {}};
-    round.present.push_back(std::move(waiting->present));
+    round.present.push_back(waiting->present);
+    waiting->failed = error;
+    waiting->present.arrival.values.clear();
+    waiting->present.done = [](const Result&) {};
     taken.push_back(CountedFailure(std::move(round), error));
-    waiting = waiting_.erase(waiting);
+    ++waiting;
   }
   return taken;
 }
@@ -361,8 +407,6 @@ Pass KeyBarrier::PassOf(const std::string& key, std::uint64_t participant) const
 }
 
 void KeyBarrier::Abort(const std::vector<std::uint64_t>& passes, const std::string& why) {
-  constexpr std::size_t kRemembered = 4096;  // no arrival of an earlier pass is still to come
-  std::vector<FailedRound> failed;
   Ended ended;
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -370,21 +414,22 @@ void KeyBarrier::Abort(const std::vector<std::uint64_t>& passes, const std::stri
       if (pass != 0) aborted_[pass] = why;
     }
     while (aborted_.size() > kRemembered) aborted_.erase(aborted_.begin());
-    failed = TakeRounds([&](const Arrival& arrival,
-                            Clock::time_point) { return aborted_.count(arrival.pass) != 0; },
-                        why);
+    ended.failed = TakeRounds([&](const Arrival& arrival,
+                                  Clock::time_point) { return aborted_.count(arrival.pass) != 0; },
+                              why);
     Advance(Clock::now(),
             &ended);  // arrivals that waited for the tickets of those that have just failed
   }
-  Fail(std::move(failed));
   Notify(std::move(ended));
 }
 
-void KeyBarrier::NoteCall(const std::string& key, std::uint64_t participant,
-                          const std::string& name, std::uint64_t sender) {
+Clock::time_point KeyBarrier::NoteCall(const std::string& key, std::uint64_t participant,
+                                       const std::string& name, std::uint64_t sender) {
+  const Clock::time_point now = Clock::now();
   std::lock_guard<std::mutex> lock(mutex_);
-  notes_[key].calls[participant] = {sender, Clock::now()};
+  notes_[key].calls[participant] = {sender, now};
   records_.Name(participant, name);
+  return now;
 }
 
 // The lock is held.
@@ -411,11 +456,16 @@ Diagnosis KeyBarrier::DiagnosisOf(const Round& round, Clock::time_point now) con
 // The lock is held.
 KeyBarrier::FailedRound KeyBarrier::CountedFailure(Round round, std::string error,
                                                    Failure failure) {
-  const std::string& key = round.present.front().arrival.key;
-  KeyNotes& notes = notes_[key];
+  const Clock::time_point now = Clock::now();
+  const Arrival& first = round.present.front().arrival;
+  if (round.id != 0 && !first.backward && first.phase == 0 &&
+      static_cast<int>(round.present.size()) < round.num_devices) {
+    missed_.Add({first.key, first.call}, round, error, now);
+  }
+  KeyNotes& notes = notes_[first.key];
   ++failures_;
   ++notes.failures;
-  records_.Add(RecordOf(key, &notes), round, false, Clock::now());
+  records_.Add(RecordOf(first.key, &notes), round, false, now);
   return {std::move(round), std::move(error), failure, {}, notes.transport};
 }
 
@@ -515,14 +565,14 @@ void KeyBarrier::Watch() {
         if (now - round.opened >= timeout_) diagnoses[round.id] = DiagnosisOf(round, now);
       }
     }
-    std::vector<FailedRound> failed =
+    Ended ended;
+    ended.failed =
         TakeRounds([&](const Arrival&, Clock::time_point since) { return now - since >= timeout_; },
                    why.str());
-    for (auto& f : failed) {
+    for (auto& f : ended.failed) {
       f.failure = Failure::kDeadline;
       f.diagnosis = diagnoses[f.round.id];
     }
-    Ended ended;
     Advance(Clock::now(),
             &ended);  // arrivals that waited for the tickets of those that have just failed
     next_look_ = now + timeout_;
@@ -531,9 +581,10 @@ void KeyBarrier::Watch() {
         next_look_ = std::min(next_look_, round.opened + timeout_);
       }
     }
-    for (const auto& w : waiting_) next_look_ = std::min(next_look_, w.since + timeout_);
+    for (const auto& w : waiting_) {
+      if (w.failed.empty()) next_look_ = std::min(next_look_, w.since + timeout_);
+    }
     lock.unlock();
-    Fail(std::move(failed));
     Notify(std::move(ended));
     lock.lock();
   }

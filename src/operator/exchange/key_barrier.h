@@ -20,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "exchange/missed_rounds.h"
 #include "exchange/round.h"
 #include "exchange/round_log.h"
 #include "exchange/round_records.h"
@@ -48,6 +49,10 @@ class KeyBarrier {
   // not present, or opens one.  Values are merged in the order of the participants' numbers, not of
   // their arrival: the result is the same, bit for bit, on every run.  An arrival that contradicts
   // its round in kind, num_devices, merge or length fails the round.
+  //
+  // A round that fails ends its pass (Abort).  Outside of a pass, an arrival that comes late to a
+  // round that has failed gets an error, and joins no later round, if it was called before that.
+  // If it was called after that, the program has begun anew.
   void Arrive(Arrival arrival, Completion done);
 
   // Takes a ticket for a later arrival.  The arrivals of a participant under this key and call join
@@ -70,9 +75,9 @@ class KeyBarrier {
 
   // Says that a participant has been called and is going to arrive, and what called it, as any
   // number.  Participants that share a sender may be unable to arrive at the same time; if a
-  // deadline passes, Result says that they do.
-  void NoteCall(const std::string& key, std::uint64_t participant, const std::string& name,
-                std::uint64_t sender);
+  // deadline passes, Result says that they do.  Returns the time, for Arrival::called.
+  Clock::time_point NoteCall(const std::string& key, std::uint64_t participant,
+                             const std::string& name, std::uint64_t sender);
 
   // Sets what carries this key's rounds on to other processes; null: nothing, they end here.
   void SetTransport(const std::string& key, std::shared_ptr<Transport> transport);
@@ -101,6 +106,7 @@ class KeyBarrier {
   struct Waiting {
     Clock::time_point since;
     Present present;
+    std::string failed;  // why, if its deadline has passed: it keeps its place among the tickets
   };
   struct CompleteRound {
     Round round;
@@ -134,8 +140,9 @@ class KeyBarrier {
   bool IsNext(const Arrival& arrival) const;
   void DropTicket(const Queue& queue, std::uint64_t ticket);
   void Advance(Clock::time_point now, Ended* ended);
-  void Join(Present present, Ended* ended);
+  void Join(Present present, const std::string& failed, Ended* ended);
   KeyRecord* RecordOf(const std::string& key, KeyNotes* notes);
+  bool EndPasses(std::vector<FailedRound>* failed);
   void Notify(Ended ended);
   static void SortByParticipant(std::vector<Present>* present);
   void Complete(CompleteRound complete);
@@ -154,7 +161,8 @@ class KeyBarrier {
   mutable std::mutex mutex_;
   std::map<Phase, std::vector<Round>> open_;          // oldest first
   std::map<Queue, std::set<std::uint64_t>> tickets_;  // taken and not yet used
-  std::vector<Waiting> waiting_;                      // arrivals with earlier tickets before them
+  MissedRounds missed_;
+  std::vector<Waiting> waiting_;  // arrivals with earlier tickets before them
   std::uint64_t next_ticket_ = 1;
   std::map<std::string, KeyNotes> notes_;
   std::map<std::uint64_t, std::string> aborted_;  // pass -> why; the latest ones

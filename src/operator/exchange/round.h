@@ -32,6 +32,7 @@ struct Arrival {
   // From KeyBarrier::TakeTicket: the arrival waits for those of its participant with earlier
   // tickets.  0: it does not wait.
   std::uint64_t ticket = 0;
+  Clock::time_point called{};  // when the program made the call; Clock's epoch: unknown
   Merge merge = Merge::kSum;
   // Whether the thread has up to 50 us for the messages of other processes: to wake another thread
   // for them takes longer than most rounds.  Nothing depends on it.
