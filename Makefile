@@ -40,8 +40,9 @@ notebook: build .venv-notebook/ready  ## run examples/mnist.ipynb in Jupyter and
 small_batch: build  ## compare normalization over batch sizes, 20 minutes (EXAMPLE_ARGS="--help")
 	$(BIN)/python examples/small_batch.py $(EXAMPLE_ARGS)
 
-test: lint build  ## lint, then run the tests (TEST_ARGS="-k exchange", "-m slow")
-	$(BIN)/python -m pytest $(TEST_ARGS)
+# In two processes, because many tests wait for processes that they start, or for a deadline.
+test: lint build  ## lint, then run the tests (TEST_ARGS="-k exchange", "-m slow", "-n 0 --pdb")
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(TEST_ARGS)
 
 build: $(LIBRARY)  ## compile the operators
 

@@ -13,9 +13,11 @@ namespace {
 using Participants = std::set<std::uint64_t>;
 
 std::string Seconds(Clock::duration duration) {
+  const double seconds = std::chrono::duration<double>(duration).count();
   std::ostringstream os;
-  os.precision(2);
-  os << std::chrono::duration<double>(duration).count() << " s";
+  os.setf(std::ios::fixed);
+  os.precision(seconds < 10 ? 1 : 0);
+  os << seconds << " s";
   return os.str();
 }
 
