@@ -24,7 +24,8 @@ from .networks import parameters_with_gradients
 from .processes import connection_of
 
 # The all-reduce of a layer, or a KeyBarrierSum.  `num_devices`: None if the pass determines it.
-# `statistics`: the Parameters that training updates, the moving mean first; () for KeyBarrierSum.
+# `statistics`: the Parameters that training updates, the moving mean first; () for KeyBarrierSum,
+# and for a graph that has them as inputs.
 # `local`: the layer needs no all-reduce.  `group_size`: None if all devices are one group.
 # `late_statistics`: those that backward updates.
 Exchange = namedtuple(
@@ -153,6 +154,14 @@ def check_num_devices(exchange, num_devices):
         raise ValueError(
             f"{exchange.name} has group_size={exchange.group_size}, but ctx_list has {num_devices} "
             "devices, which cannot be divided into groups of that size; take a multiple"
+        )
+    announced = exchange.num_devices is None or exchange.group_size is not None
+    if announced and num_devices > 1 and not (exchange.local or exchange.statistics):
+        # A pass is announced to an all-reduce by writing the moving mean.
+        raise ValueError(
+            f"{exchange.name} has its moving statistics as inputs of the graph, so "
+            "ModelDataParallel cannot tell it which devices take part; make them parameters, or "
+            f"give it num_devices={num_devices}, without a group_size"
         )
 
 
