@@ -123,6 +123,10 @@ wheel: $(VENV)/ready  ## build the source distribution and one wheel for all Pyt
 sanitize: $(VENV)/ready  ## build and stress everything under sanitizers, some minutes (SEED=1)
 	PATH="$(abspath $(BIN)):$$PATH" tests/sanitize/run.sh "$(abspath $(BIN))/python" "$(MXNET_DIR)" $(SEED)
 
+properties: build  ## test thousands of random batches, some minutes (SEED=1)
+	seed=$(or $(SEED),$$(date +%s)) && echo "SEED=$$seed" && HYPOTHESIS_PROFILE=many \
+	  $(BIN)/python -m pytest tests/numerics --hypothesis-seed=$$seed $(TEST_ARGS)
+
 lint: $(VENV)/ready  ## check formatting, types and common mistakes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -137,7 +141,7 @@ format: $(VENV)/ready  ## format Python and C++
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist out docs/_build .mypy_cache python/gluon_syncbn/*.so python/*.egg-info
 
-.PHONY: help train finetune segmentation small_batch notebook test build bench gluoncv horovod mpi cu112 emulated upstream upstream_source torch_cases torch docs wheel sanitize lint format clean
+.PHONY: help train finetune segmentation small_batch notebook test build bench gluoncv horovod mpi cu112 emulated upstream upstream_source torch_cases torch docs wheel sanitize properties lint format clean
 
 $(CU112)/ready: requirements.txt tests/helpers/cuda_standins.py
 	$(PYTHON) -m venv $(CU112)

@@ -92,6 +92,13 @@ def test_no_elements(kernels, dtype, shape, axis):
     checks.check_no_elements(kernels, dtype, shape, axis)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, axis", [((5, 9, 7, 8), 1), ((5, 7, 8, 9), -1), ((30, 65), 1)])
+def test_infinities(kernels, dtype, shape, axis):
+    for local in (False, True):
+        checks.check_infinities(kernels, dtype, shape, axis, local)
+
+
 @pytest.mark.parametrize("shape, axis", LAYOUTS[:2] + LAYOUTS[7:9])
 def test_far_from_zero(kernels, shape, axis):
     checks.check_step(kernels, "float32", shape, axis, offset=1e4)

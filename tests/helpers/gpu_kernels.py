@@ -509,6 +509,36 @@ def check_moving_statistics(kernels, dtype, shape, axis, local):
     assert (layer.mean.numpy() == 0.5).all() and (layer.var.numpy() == 2).all()
 
 
+def check_infinities(kernels, dtype, shape, axis, local):
+    """An infinite mean where there is an infinity, wherever it is; see tests/numerics."""
+    rng = np.random.RandomState(0)
+    x, dy = rng.randn(*shape).astype(dtype), rng.randn(*shape).astype(dtype)
+    of_channels = np.moveaxis(x, axis, -1)
+    of_channels[(0,) * (x.ndim - 1)][0] = np.inf  # the pivot
+    of_channels[(-1,) * (x.ndim - 1)][1] = -np.inf
+    of_gradients = np.moveaxis(dy, axis, -1)
+    of_gradients[(-1,) * (x.ndim - 1)][2] = np.inf
+    layer, device = Layer(kernels, dtype, shape, axis, local=local), kernels.device
+    xd, dyd = device.array(x), device.array(dy)
+    y, dx = device.array(np.zeros(shape, dtype)), device.array(np.zeros(shape, dtype))
+    layer.forward(xd, y)
+    layer.backward(dyd, xd, dx)
+    mean, var = layer.mean.numpy(), layer.var.numpy()
+    np.testing.assert_array_equal(mean[:2], [np.inf, -np.inf])
+    assert np.isnan(var[:2]).all() and np.isfinite(mean[2:]).all() and np.isfinite(var[2:]).all()
+    assert np.isnan(layer.gamma_grad.numpy()[:2]).all() and np.isinf(layer.gamma_grad.numpy()[2])
+    np.testing.assert_array_equal(np.isinf(layer.beta_grad.numpy()), np.arange(shape[axis]) == 2)
+    for array in y, dx:
+        flat = rows(array.numpy(), axis)
+        assert np.isnan(flat[:, :2]).all() and np.isfinite(flat[:, 3:]).all()
+    # gamma invstd (g - inf - (x - mean) dgamma / n): with dgamma's sign, infinite or NaN.
+    of_x = rows(x, axis)[:, 2]
+    sign = np.sign(of_x - of_x.mean()) * np.sign(layer.gamma_grad.numpy()[2])
+    sign[-1] = -1  # the infinite g itself
+    wanted = np.where(sign < 0, np.nan, -np.inf)
+    np.testing.assert_array_equal(rows(dx.numpy(), axis)[:, 2], wanted)
+
+
 def check_cumulative_average(kernels, dtype, shape, axis, local):
     """The average over all batches, counted on the device; inference does not count."""
     rng = np.random.RandomState(0)

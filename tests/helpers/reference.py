@@ -10,9 +10,9 @@ import numpy as np
 Result = namedtuple("Result", "y dx dgamma dbeta mean var")
 
 
-def rows(array, axis):
-    """An array as rows x channels, in float64."""
-    moved = np.moveaxis(np.asarray(array, "float64"), axis, -1)
+def rows(array, axis, precision="float64"):
+    """An array as rows x channels, in float64 or more."""
+    moved = np.moveaxis(np.asarray(array, precision), axis, -1)
     return moved.reshape(-1, moved.shape[-1])
 
 
@@ -21,14 +21,14 @@ def unrows(flat, like, axis):
     return np.moveaxis(flat.reshape(shape), -1, axis)
 
 
-def batch_norm(xs, dys, gamma, beta, axis=1, epsilon=1e-5, statistics=None):
+def batch_norm(xs, dys, gamma, beta, axis=1, epsilon=1e-5, statistics=None, precision="float64"):
     """Normalize shards as one batch.
 
     ``statistics``: (mean, var) to use instead of the batch's, as constants.
     The gradients of gamma and beta are per shard; their sum is the batch's.
     """
-    x = np.concatenate([rows(s, axis) for s in xs])
-    dy = np.concatenate([rows(s, axis) for s in dys])
+    x = np.concatenate([rows(s, axis, precision) for s in xs])
+    dy = np.concatenate([rows(s, axis, precision) for s in dys])
     mean, var = statistics or (x.mean(0), x.var(0))
     r = 1 / np.sqrt(var + epsilon)
     hat = (x - mean) * r

@@ -17,6 +17,21 @@
 
 namespace gluon_syncbn {
 
+template <typename T>
+GLUON_SYNCBN_ON_ANY_DEVICE bool IsFinite(T value) {
+  return value - value == 0;
+}
+
+// `value`, or 0 if it is infinite or NaN.
+//
+// What makes results exact for finite data (a pivot, the low part of a mean) must not change what
+// becomes of infinities and NaNs.  Without it, the formula of batch normalization has an infinity
+// where with it there would be inf - inf or 0 * inf, a NaN.
+template <typename T>
+GLUON_SYNCBN_ON_ANY_DEVICE T OrZero(T value) {
+  return IsFinite(value) ? value : T(0);
+}
+
 // Of some elements of a channel: n, mean and M2.
 struct Moments {
   double count, mean, m2;
@@ -29,15 +44,17 @@ GLUON_SYNCBN_ON_ANY_DEVICE inline Moments Merged(const Moments& a, const Moments
   if (!(a.count > 0)) return b;
   const double count = a.count + b.count;
   const double distance = b.mean - a.mean, weight = b.count / count;
-  return {count, a.mean + distance * weight,
-          a.m2 + b.m2 + distance * distance * (a.count * weight)};
+  const double mean = IsFinite(distance) ? a.mean + distance * weight
+                                         : a.mean * (a.count / count) + b.mean * weight;
+  return {count, mean, a.m2 + b.m2 + distance * distance * (a.count * weight)};
 }
 
 // Sums over elements of a channel of (x - pivot) and (x - pivot)^2 ("shifted data" in Chan, Golub
 // and LeVeque, "Algorithms for computing the sample variance: analysis and recommendations", The
 // American Statistician 37, 1983).  The relative error of M2 grows by the factor by which `squares`
 // exceeds M2: close to 1 if the pivot lies among most elements, and at most 1 + count if it is one
-// of them, because M2 then contains its own distance from the mean.
+// of them, because M2 then contains its own distance from the mean.  The pivot must be finite (see
+// OrZero); with an infinite element, the mean is that infinity and M2 is NaN.
 struct ShiftedSums {
   double sum = 0.0, squares = 0.0;
 
@@ -105,7 +122,7 @@ GLUON_SYNCBN_ON_ANY_DEVICE ChannelEntry<Acc> ToEntry(double mean, double scale, 
                                                      double factor) {
   const Acc high = static_cast<Acc>(mean);
   const double low = mean - high;
-  return {high, static_cast<Acc>(scale), static_cast<Acc>(shift - scale * low),
+  return {high, static_cast<Acc>(scale), static_cast<Acc>(shift - OrZero(scale * low)),
           static_cast<Acc>(factor)};
 }
 
@@ -150,8 +167,9 @@ GLUON_SYNCBN_ON_ANY_DEVICE ChannelEntry<Acc> NormalizeEntry(const Params& p, con
   const double gamma = p.fix_gamma ? 1.0 : static_cast<double>(static_cast<const Acc*>(p.gamma)[c]);
   const Correction correction = CorrectionOf(p, statistics, c);
   const double scale = gamma / std::sqrt(statistics.Variance(c) + p.epsilon);
-  return ToEntry<Acc>(statistics.Mean(c), scale * correction.r,
-                      static_cast<const Acc*>(beta)[c] + gamma * correction.d, 0.0);
+  double shift = static_cast<const Acc*>(beta)[c];
+  if (correction.d != 0) shift += gamma * correction.d;  // gamma may be infinite
+  return ToEntry<Acc>(statistics.Mean(c), scale * correction.r, shift, 0.0);
 }
 
 // What has the sign of z, as an affine function of x, or of y where there is a residual; without an

@@ -31,7 +31,7 @@ struct WeightedSums {
 
   GLUON_SYNCBN_ON_ANY_DEVICE void Add(double w, double x) {
     if (!(w > 0)) return;
-    if (weight == 0) pivot = x;
+    if (weight == 0) pivot = OrZero(x);
     weight += w;
     sums.sum += w * (x - pivot);
     sums.squares += w * (x - pivot) * (x - pivot);

@@ -249,6 +249,13 @@ def test_far_from_zero(kernels, shape, axis):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, axis", [((5, 9, 7, 8), 1), ((5, 7, 8, 9), -1), ((30, 65), 1)])
+def test_infinities(kernels, dtype, shape, axis):
+    for local in (False, True):
+        checks.check_infinities(kernels, dtype, shape, axis, local)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape, axis", [((8, 2, 64, 64), 1), ((8, 64, 64, 2), -1)])
 def test_a_far_first_element_costs_nothing(kernels, dtype, shape, axis):
     checks.check_step(kernels, dtype, shape, axis, first=1e3)

@@ -16,6 +16,24 @@
 namespace gluon_syncbn {
 namespace {
 
+// `value`, or 0 if it is infinite or NaN, which no pivot may be (ShiftedSums).
+template <typename T>
+T ToPivot(T value) {
+  return IsFinite(ToDouble(value)) ? value : T();
+}
+
+// Returns a pivot for each column of a tile: its first element, `*step` apart, if all are finite.
+template <typename T>
+const T* TilePivots(const FeatureTile& tile, const T* first, std::size_t* step) {
+  bool finite = true;
+  for (std::size_t i = 0; i < tile.columns; ++i) finite &= IsFinite(ToDouble(first[i * *step]));
+  if (finite) return first;
+  T* const pivots = Scratch<Use::kTilePivots, T>(tile.columns);
+  for (std::size_t i = 0; i < tile.columns; ++i) pivots[i] = ToPivot(first[i * *step]);
+  *step = 1;
+  return pivots;
+}
+
 // Stores the mean and M2 of every channel in `statistics`.
 template <typename T, typename Then>
 void ComputeMoments(const FeatureTiles& tiles, const T* x, double* statistics, const Then& then) {
@@ -37,14 +55,15 @@ void ComputeMoments(const FeatureTiles& tiles, const T* x, double* statistics, c
   T* const pivots = Scratch<Use::kPivots, T>(tiles.columns());
   if (!kPivotPerTile) {
     tiles.ForEachColumn(0, tiles.columns(), [=, &tiles](std::size_t column, std::size_t c) {
-      pivots[column] = x[tiles.FirstElement(c)];
+      pivots[column] = ToPivot(x[tiles.FirstElement(c)]);
     });
   }
   SumTiles(
       tiles, 3,
       [=](const FeatureTile& tile, double* to) {
-        const T* const from = kPivotPerTile ? x + tile.offset : pivots + tile.first_column;
-        const std::size_t step = kPivotPerTile ? tile.inner : 1;
+        std::size_t step = kPivotPerTile ? tile.inner : 1;
+        const T* const from =
+            kPivotPerTile ? TilePivots(tile, x + tile.offset, &step) : pivots + tile.first_column;
         Loops<T>().moments(tile, from, step, x, to, to + columns);
         for (std::size_t i = 0; i < tile.columns; ++i) {
           to[2 * columns + i] = ToDouble(from[i * step]);
@@ -56,7 +75,7 @@ void ComputeMoments(const FeatureTiles& tiles, const T* x, double* statistics, c
         const double count = static_cast<double>(tile.count());
         const double sum = from[0], squares = from[columns], tile_pivot = from[2 * columns];
         if (channel.count == 0) {
-          channel.pivot = tile_pivot + (kPivotPerTile ? sum / count : 0.0);
+          channel.pivot = tile_pivot + (kPivotPerTile ? OrZero(sum / count) : 0.0);
         }
         channel.sums.Add(tile_pivot - channel.pivot, count, sum, squares);
         channel.count += count;
@@ -187,7 +206,7 @@ void SumGradients(const BackwardParams& p, const FeatureTiles& tiles,
   ForEachChannel(p.shape.channels, [&](std::size_t c) {
     // What rounding to Acc took from the mean.
     const double mean = statistics.Mean(c), low = mean - static_cast<Acc>(mean);
-    FinishGradients(p, statistics, c, sums.g[c], sums.g_xmu[c] - low * sums.g[c]);
+    FinishGradients(p, statistics, c, sums.g[c], sums.g_xmu[c] - OrZero(low * sums.g[c]));
   });
 }
 

@@ -57,7 +57,8 @@ enum class Use {
   kTileSums,
   kChannelSums,
   kMoments,
-  kPivots
+  kPivots,
+  kTilePivots
 };
 template <Use use, typename Element>
 Element* Scratch(std::size_t size) {

@@ -32,12 +32,12 @@ struct MomentsSums {
   const T* x;
   int64_t inner;
 
-  __device__ Acc ChannelPivot(int64_t c) const { return ToAcc(x[c * inner]); }
+  __device__ Acc ChannelPivot(int64_t c) const { return OrZero(ToAcc(x[c * inner])); }
 
   struct Pivot {
     Acc value;
   };
-  __device__ Pivot ThreadPivot(int64_t, Acc element) const { return {element}; }
+  __device__ Pivot ThreadPivot(int64_t, Acc element) const { return {OrZero(element)}; }
   __device__ static void Add(const Pivot& pivot, Acc x, Acc, Acc* sum, Acc* squares) {
     const Acc d = x - pivot.value;
     *sum += d;
@@ -65,7 +65,7 @@ struct GradientSums {
   __device__ Pivot ThreadPivot(int64_t c, Acc) const {
     const double mean = statistics.Mean(c);
     const Acc high = static_cast<Acc>(mean);
-    return {high, static_cast<Acc>(mean - high)};
+    return {high, static_cast<Acc>(OrZero(mean - high))};
   }
   __device__ static void Add(const Pivot& mean, Acc g, Acc x, Acc* sum, Acc* product) {
     *sum += g;
