@@ -398,6 +398,22 @@ def test_a_late_sum_joins_no_later_pass(hybridize, two):
             outs[1].asnumpy()
 
 
+def test_a_sum_whose_input_has_failed_holds_up_no_later_pass(two):
+    """Its operator never runs, and lives as long as its result."""
+    model = initialized(SumsOnce(), two)
+    xs = [mx.nd.ones(2, ctx=c) for c in two]
+    gluon_syncbn.set_timeout(0.2)
+    with autograd.record():
+        kept = model([xs[0], xs[1] + mx.nd.random.normal(0, -1, shape=2, ctx=two[1])])
+    with pytest.raises(mx.MXNetError, match=r"Arrived: cpu\(0\); missing: 1 of 2"):
+        kept[0].asnumpy()
+    with pytest.raises(mx.MXNetError, match="scale"):
+        kept[1].asnumpy()
+    gluon_syncbn.set_timeout(5)
+    for out in model(xs):
+        np.testing.assert_array_equal(out.asnumpy(), [2, 2])
+
+
 @pytest.mark.parametrize("hybridize", [None, {}, {"static_alloc": True}])
 def test_a_late_device_of_a_loop_joins_no_later_step(hybridize, two, rng):
     """The program runs a step anew after its deadline, and the late part of it comes then."""

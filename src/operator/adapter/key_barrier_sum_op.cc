@@ -146,7 +146,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
     if (call.active) called_ = called;
     if (ForLayer() || !call.active) return;
     pass_ = call.pass;
-    ticket_ = barrier_->TakeTicket(param_.key, param_.call, participant_);
+    ticket_ = barrier_->TakeTicket(param_.key, param_.call, participant_, pass_);
   }
   ~KeyBarrierSumOp() override {
     if (ticket_ != 0) barrier_->ReturnTicket(param_.key, param_.call, participant_, ticket_);

@@ -86,9 +86,10 @@ void KeyBarrier::Arrive(Arrival arrival, Completion done) {
   Notify(std::move(ended));
 }
 
-std::uint64_t KeyBarrier::TakeTicket(const std::string& key, int call, std::uint64_t participant) {
+std::uint64_t KeyBarrier::TakeTicket(const std::string& key, int call, std::uint64_t participant,
+                                     std::uint64_t pass) {
   std::lock_guard<std::mutex> lock(mutex_);
-  tickets_[{key, call, participant}].insert(next_ticket_);
+  if (aborted_.count(pass) == 0) tickets_[{key, call, participant}][next_ticket_] = pass;
   return next_ticket_++;
 }
 
@@ -111,10 +112,22 @@ void KeyBarrier::DropTicket(const Queue& queue, std::uint64_t ticket) {
   if (tickets->second.empty()) tickets_.erase(tickets);
 }
 
+// The engine does not run a call whose input has failed, so its ticket may never be used, and is
+// not returned before the program forgets the call's result.  The lock is held.
+void KeyBarrier::DropTicketsOfEndedPasses() {
+  for (auto queue = tickets_.begin(); queue != tickets_.end();) {
+    auto& tickets = queue->second;
+    for (auto ticket = tickets.begin(); ticket != tickets.end();) {
+      ticket = aborted_.count(ticket->second) != 0 ? tickets.erase(ticket) : std::next(ticket);
+    }
+    queue = tickets.empty() ? tickets_.erase(queue) : std::next(queue);
+  }
+}
+
 bool KeyBarrier::IsNext(const Arrival& arrival) const {
   if (arrival.ticket == 0) return true;
   const auto queue = tickets_.find({arrival.key, arrival.call, arrival.participant});
-  return queue == tickets_.end() || *queue->second.begin() >= arrival.ticket;
+  return queue == tickets_.end() || queue->second.begin()->first >= arrival.ticket;
 }
 
 // Lets waiting arrivals join, as long as there is one that is next.  The lock is held.
@@ -213,10 +226,9 @@ KeyRecord* KeyBarrier::RecordOf(const std::string& key, KeyNotes* notes) {
   return notes->record;
 }
 
-// Ends the passes of rounds that have failed.  Returns whether more failed by that.  The lock is
-// held.
+// Ends the passes of rounds that have failed.  Returns whether any did.  The lock is held.
 bool KeyBarrier::EndPasses(std::vector<FailedRound>* failed) {
-  const std::size_t before = failed->size();
+  bool any = false;
   for (std::size_t i = 0; i < failed->size(); ++i) {
     const FailedRound& first = (*failed)[i];
     const Failure failure = first.failure;
@@ -230,6 +242,7 @@ bool KeyBarrier::EndPasses(std::vector<FailedRound>* failed) {
       if (pass != 0 && aborted_.emplace(pass, for_later).second) passes.insert(pass);
     }
     if (passes.empty()) continue;
+    any = true;
     for (auto& also : TakeRounds([&](const Arrival& arrival,
                                      Clock::time_point) { return passes.count(arrival.pass) != 0; },
                                  why + error)) {
@@ -238,8 +251,9 @@ bool KeyBarrier::EndPasses(std::vector<FailedRound>* failed) {
       failed->push_back(std::move(also));
     }
   }
+  if (any) DropTicketsOfEndedPasses();
   while (aborted_.size() > kRemembered) aborted_.erase(aborted_.begin());
-  return failed->size() != before;
+  return any;
 }
 
 void KeyBarrier::Notify(Ended ended) {
@@ -417,6 +431,7 @@ void KeyBarrier::Abort(const std::vector<std::uint64_t>& passes, const std::stri
     ended.failed = TakeRounds([&](const Arrival& arrival,
                                   Clock::time_point) { return aborted_.count(arrival.pass) != 0; },
                               why);
+    DropTicketsOfEndedPasses();
     Advance(Clock::now(),
             &ended);  // arrivals that waited for the tickets of those that have just failed
   }

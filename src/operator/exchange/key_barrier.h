@@ -56,8 +56,10 @@ class KeyBarrier {
   void Arrive(Arrival arrival, Completion done);
 
   // Takes a ticket for a later arrival.  The arrivals of a participant under this key and call join
-  // rounds in the order of their tickets, even if they come in a different order.
-  std::uint64_t TakeTicket(const std::string& key, int call, std::uint64_t participant);
+  // rounds in the order of their tickets, even if they come in a different order.  A ticket of a
+  // pass (0: of none) holds up nothing once that has ended.
+  std::uint64_t TakeTicket(const std::string& key, int call, std::uint64_t participant,
+                           std::uint64_t pass = 0);
   // Returns a ticket that no arrival will use.
   void ReturnTicket(const std::string& key, int call, std::uint64_t participant,
                     std::uint64_t ticket);
@@ -139,6 +141,7 @@ class KeyBarrier {
 
   bool IsNext(const Arrival& arrival) const;
   void DropTicket(const Queue& queue, std::uint64_t ticket);
+  void DropTicketsOfEndedPasses();
   void Advance(Clock::time_point now, Ended* ended);
   void Join(Present present, const std::string& failed, Ended* ended);
   KeyRecord* RecordOf(const std::string& key, KeyNotes* notes);
@@ -159,8 +162,9 @@ class KeyBarrier {
   void Watch();
 
   mutable std::mutex mutex_;
-  std::map<Phase, std::vector<Round>> open_;          // oldest first
-  std::map<Queue, std::set<std::uint64_t>> tickets_;  // taken and not yet used
+  std::map<Phase, std::vector<Round>> open_;  // oldest first
+  // Taken and not yet used, with their passes.
+  std::map<Queue, std::map<std::uint64_t, std::uint64_t>> tickets_;
   MissedRounds missed_;
   std::vector<Waiting> waiting_;  // arrivals with earlier tickets before them
   std::uint64_t next_ticket_ = 1;
