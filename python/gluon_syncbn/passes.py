@@ -13,7 +13,7 @@ import threading
 import warnings
 import weakref
 from collections import deque, namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from mxnet import autograd, ndarray
 
@@ -189,6 +189,14 @@ def ordered_calls():
         yield
     finally:
         LIBRARY.LeaveCall(before)
+
+
+def calls_of_a_layer():
+    """Let the exchange know when this thread calls a layer's all-reduces.
+
+    Outside of a pass, it tells by that a late call from a new one.
+    """
+    return ordered_calls() if current() is None else nullcontext()
 
 
 def handles(arrays):
