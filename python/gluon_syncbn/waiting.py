@@ -155,7 +155,9 @@ class BarrierStats:
             parts.append(f"{len(by_waiting) - _KEYS_IN_TABLE} more keys, with less waiting.")
         elsewhere = sum(key.elsewhere for key in self.keys.values())
         if elsewhere > 0:
-            parts.append(f"Other processes took {_time(elsewhere)} after this one's devices.")
+            parts.append(
+                f"All devices of this process waited {_time(elsewhere)} for other processes."
+            )
         return "\n\n".join(parts)
 
     def plot(self, filename: str | os.PathLike) -> None:

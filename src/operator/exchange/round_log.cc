@@ -8,6 +8,8 @@
 #include <ctime>
 #include <sstream>
 
+#include "exchange/transport.h"
+
 namespace gluon_syncbn {
 namespace {
 
@@ -20,6 +22,10 @@ std::string Now() {
   std::strftime(text, sizeof text, "%Y-%m-%d %H:%M:%S", &local);
   std::snprintf(microseconds, sizeof microseconds, ".%06ld", now.tv_nsec / 1000);
   return std::string(text) + microseconds;
+}
+
+double Milliseconds(Clock::duration duration) {
+  return std::chrono::duration<double, std::milli>(duration).count();
 }
 
 // A key may have any characters; a round has one line.
@@ -54,9 +60,11 @@ void RoundLog::Write(const Round& round, const std::string& error) const {
      << round.id << (error.empty() ? ":" : " FAILED:");
   const char* separator = " ";
   for (const Present& p : round.present) {
-    os << separator << p.arrival.name << " waited "
-       << std::chrono::duration<double, std::milli>(complete - p.came).count() << " ms";
+    os << separator << p.arrival.name << " waited " << Milliseconds(complete - p.came) << " ms";
     separator = ", ";
+  }
+  if (error.empty() && (round.id & Transport::kElsewhere) != 0) {
+    os << ", " << Milliseconds(Clock::now() - complete) << " ms in other processes";
   }
   if (!error.empty()) os << "; " << OneLine(error);
   os << '\n';
