@@ -30,6 +30,7 @@ from .startup import start  # noqa: E402
 from .sync_batch_norm import BatchNorm, SyncBatchNorm  # noqa: E402
 from .tensorflow import sync_batch_norm  # noqa: E402
 from .version import __version__  # noqa: E402, F401
+from .waiting import barrier_stats  # noqa: E402
 
 start()
 del start
@@ -47,6 +48,7 @@ __all__ = [
     "MABN2d",
     "ModelDataParallel",
     "SyncBatchNorm",
+    "barrier_stats",
     "convert_mabn",
     "convert_symbol",
     "convert_sync_batchnorm",

@@ -10,9 +10,10 @@ from typing import Any, Callable, Iterable
 
 import mxnet as mx
 
-from .library import LIBRARY, check, strings
+from .library import ARRIVAL_VISITOR, DEVICE_VISITOR, KEY_VISITOR, LIBRARY, check, strings
 
 TIMEOUT_VARIABLE = "GLUON_SYNCBN_TIMEOUT"
+LOG_VARIABLE = "GLUON_SYNCBN_LOG"
 
 
 def _seconds(value: Any, where: str) -> float:
@@ -72,6 +73,38 @@ class KeyBarrier:
         """Fail every later round of these keys."""
         check(LIBRARY.BarrierRefuse(self._handle, *strings(keys), why.encode()))
 
+    def records(self, reset: bool) -> tuple[list, list]:
+        """Return what happened so far; see ``src/operator/exchange/round_records.h``.
+
+        Returns
+        -------
+        list of tuple
+            By key: key, rounds, failures, seconds elsewhere, {device: (rounds, last, held,
+            waited, longest)}.
+        list of tuple
+            Past arrivals: key, call, round, backward, succeeded, device, last, came, complete,
+            ended.
+        """
+        keys: list = []
+        arrivals: list = []
+
+        @KEY_VISITOR
+        def visit_key(key, rounds, failures, elsewhere):
+            keys.append((key.decode(errors="replace"), rounds, failures, elsewhere, {}))
+
+        @DEVICE_VISITOR
+        def visit_device(name, *record):
+            keys[-1][-1][name.decode()] = record
+
+        @ARRIVAL_VISITOR
+        def visit_arrival(key, call, backward, succeeded, number, name, last, *times):
+            names = name.decode(), last.decode()
+            flags = bool(backward), bool(succeeded)
+            arrivals.append((keys[key][0], call, number, *flags, *names, *times))
+
+        check(LIBRARY.BarrierRecords(self._handle, reset, visit_key, visit_device, visit_arrival))
+        return keys, arrivals
+
     def close(self, why: str) -> None:
         """Fail all rounds and every later arrival."""
         check(LIBRARY.BarrierClose(self._handle, why.encode()))
@@ -80,10 +113,20 @@ class KeyBarrier:
 BARRIER = KeyBarrier()
 
 
-def check_timeout_variable() -> None:
-    """Raise ValueError if the environment asks for a deadline that is none."""
+def check_variables() -> None:
+    """Raise ValueError if the environment asks for a deadline that is none, or no possible log."""
     if TIMEOUT_VARIABLE in os.environ:
         _seconds(os.environ[TIMEOUT_VARIABLE], f"the environment variable {TIMEOUT_VARIABLE}")
+    path = os.environ.get(LOG_VARIABLE)
+    if path and path != "stderr":
+        try:
+            with open(path, "a"):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f'the environment variable {LOG_VARIABLE} must be "stderr" or the path of a file '
+                f"to log every round to, but {path!r} cannot be written: {error.strerror}"
+            ) from None
 
 
 def close_at_exit(*others: Callable[[], None]) -> None:

@@ -35,6 +35,33 @@ DONE = ctypes.CFUNCTYPE(
     ctypes.c_char_p,
 )
 
+# Of BarrierRecords; see src/operator/library.cc
+KEY_VISITOR = ctypes.CFUNCTYPE(
+    None, ctypes.c_char_p, ctypes.c_ulonglong, ctypes.c_ulonglong, ctypes.c_double
+)
+DEVICE_VISITOR = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_char_p,
+    ctypes.c_ulonglong,
+    ctypes.c_ulonglong,
+    ctypes.c_double,
+    ctypes.c_double,
+    ctypes.c_double,
+)
+ARRIVAL_VISITOR = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_ulonglong,
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_double,
+    ctypes.c_double,
+    ctypes.c_double,
+)
+
 _STRINGS = ctypes.POINTER(ctypes.c_char_p)
 _HANDLES = ctypes.POINTER(ctypes.c_void_p)
 _SIGNATURES = {
@@ -76,6 +103,10 @@ _SIGNATURES = {
     "BarrierSetTimeout": (None, [ctypes.c_void_p, ctypes.c_double]),
     "BarrierTimeout": (ctypes.c_double, [ctypes.c_void_p]),
     "BarrierFailures": (ctypes.c_ulonglong, [ctypes.c_void_p, _STRINGS, ctypes.c_int]),
+    "BarrierRecords": (
+        ctypes.c_int,
+        [ctypes.c_void_p, ctypes.c_int, KEY_VISITOR, DEVICE_VISITOR, ARRIVAL_VISITOR],
+    ),
     "BeginPass": (
         ctypes.c_int,
         [_STRINGS, ctypes.c_int, _HANDLES, ctypes.c_int, ctypes.c_ulonglong, ctypes.c_int],

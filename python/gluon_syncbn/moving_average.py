@@ -46,7 +46,7 @@ from mxnet.ndarray import NDArray
 from .keys import KEYS
 from .numpy_arrays import either_kind
 from .operators import local_batch_norm, moving_average_batch_norm
-from .passes import Exchange, begin
+from .passes import Exchange, begin, calls_of_a_layer
 from .sync_batch_norm import checked_num_devices, key_of
 
 _LARGEST = 2**21  # of counts; see NextIteration in src/operator/kernels/moving_average_math.h
@@ -318,6 +318,7 @@ class MABN2d(HybridBlock):
         if self.num_devices != 1:
             call = 0 if imperative else KEYS.next_call(self.key)
             all_reduce = self.key, self.num_devices, call
-        return moving_average_batch_norm(
-            F, x, gamma, beta, states, options, averages, self._ndim, all_reduce
-        )
+        with calls_of_a_layer():
+            return moving_average_batch_norm(
+                F, x, gamma, beta, states, options, averages, self._ndim, all_reduce
+            )

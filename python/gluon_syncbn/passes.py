@@ -13,7 +13,7 @@ import threading
 import warnings
 import weakref
 from collections import deque, namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from mxnet import autograd, ndarray
 
@@ -24,7 +24,8 @@ from .networks import parameters_with_gradients
 from .processes import connection_of
 
 # The all-reduce of a layer, or a KeyBarrierSum.  `num_devices`: None if the pass determines it.
-# `statistics`: the Parameters that training updates, the moving mean first; () for KeyBarrierSum.
+# `statistics`: the Parameters that training updates, the moving mean first; () for KeyBarrierSum,
+# and for a graph that has them as inputs.
 # `local`: the layer needs no all-reduce.  `group_size`: None if all devices are one group.
 # `late_statistics`: those that backward updates.
 Exchange = namedtuple(
@@ -154,6 +155,14 @@ def check_num_devices(exchange, num_devices):
             f"{exchange.name} has group_size={exchange.group_size}, but ctx_list has {num_devices} "
             "devices, which cannot be divided into groups of that size; take a multiple"
         )
+    announced = exchange.num_devices is None or exchange.group_size is not None
+    if announced and num_devices > 1 and not (exchange.local or exchange.statistics):
+        # A pass is announced to an all-reduce by writing the moving mean.
+        raise ValueError(
+            f"{exchange.name} has its moving statistics as inputs of the graph, so "
+            "ModelDataParallel cannot tell it which devices take part; make them parameters, or "
+            f"give it num_devices={num_devices}, without a group_size"
+        )
 
 
 def current():
@@ -180,6 +189,14 @@ def ordered_calls():
         yield
     finally:
         LIBRARY.LeaveCall(before)
+
+
+def calls_of_a_layer():
+    """Let the exchange know when this thread calls a layer's all-reduces.
+
+    Outside of a pass, it tells by that a late call from a new one.
+    """
+    return ordered_calls() if current() is None else nullcontext()
 
 
 def handles(arrays):

@@ -7,13 +7,13 @@ called here, once.
 from .data_parallel import device_threads, random_state
 from .distributed import connection
 from .hooks import executors, gluon, initial_states, key_barrier_sum, mixed_precision
-from .key_barrier import check_timeout_variable, close_at_exit
+from .key_barrier import check_variables, close_at_exit
 from .library import LIBRARY
 
 
 def start() -> None:
     """Load the library and take part in MXNet's work from now on."""
-    check_timeout_variable()
+    check_variables()
     LIBRARY.load()  # registers the operators with MXNet
     close_at_exit()
     connection.refuse_after_fork()

@@ -58,7 +58,7 @@ from .mxnet_private import settings
 from .networks import mark_changed
 from .numpy_arrays import either_kind
 from .operators import local_batch_norm, synchronized_batch_norm, weighted_batch_norm
-from .passes import Exchange, begin
+from .passes import Exchange, begin, calls_of_a_layer
 from .processes import connection_of
 
 _keys: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # layer -> its key
@@ -551,11 +551,12 @@ default 'zeros' and 'ones'
             begin([self.exchange], x.context)
         # A graph may run a layer's several uses in any order, so each has a number.
         call = 0 if imperative else KEYS.next_call(self.key)
-        return synchronized_batch_norm(
-            *(F, x, parameters, options, self.key, num_devices, call),
-            weights=weights,
-            group_size=group_size,
-        )
+        with calls_of_a_layer():
+            return synchronized_batch_norm(
+                *(F, x, parameters, options, self.key, num_devices, call),
+                weights=weights,
+                group_size=group_size,
+            )
 
 
 #: The name by which PyTorch-Encoding's users know the layer: ``from gluon_syncbn import

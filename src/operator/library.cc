@@ -1,7 +1,10 @@
 // The C functions that Python calls: registration with MXNet, the exchange, passes.
 //
 // Every function that can fail returns 0, or -1 and leaves the reason in GluonSyncBNLastError.
+#include <chrono>
+#include <cstdint>
 #include <exception>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -123,8 +126,10 @@ GLUON_SYNCBN_API int GluonSyncBNBarrierArrive(Barrier barrier, const char* key,
     arrival.merge = static_cast<gluon_syncbn::Merge>(merge);
     arrival.values.assign(values, values + count);
     Get(barrier).Arrive(std::move(arrival), [done, data](const gluon_syncbn::Result& result) {
+      const std::string& cause = result.diagnosis.text;
+      const std::string error = cause.empty() ? result.error : cause + ' ' + result.error;
       done(data, result.total == nullptr ? nullptr : result.total->data(), result.round,
-           result.num_devices, result.error.c_str());
+           result.num_devices, error.c_str());
     });
   });
 }
@@ -178,6 +183,45 @@ GLUON_SYNCBN_API int GluonSyncBNBarrierRefuse(Barrier barrier, const char* const
   return Guarded([=] {
     const auto refusing = std::make_shared<gluon_syncbn::RefusingTransport>(why);
     for (const auto& key : Strings(keys, count)) Get(barrier).SetTransport(key, refusing);
+  });
+}
+
+// What happened so far, or since the last time with `reset` (round_records.h).  Each key is
+// followed by its devices; then come the past arrivals, whose keys are numbered in that order.
+// Times are seconds of std::chrono::steady_clock.
+using KeyVisitor = void (*)(const char* key, unsigned long long rounds, unsigned long long failures,
+                            double elsewhere);
+using DeviceVisitor = void (*)(const char* name, unsigned long long rounds, unsigned long long last,
+                               double held, double waited, double longest);
+using ArrivalVisitor = void (*)(int key, int call, int backward, int succeeded,
+                                unsigned long long round, const char* name, const char* last,
+                                double came, double complete, double ended);
+
+GLUON_SYNCBN_API int GluonSyncBNBarrierRecords(Barrier barrier, int reset, KeyVisitor visit_key,
+                                               DeviceVisitor visit_device,
+                                               ArrivalVisitor visit_arrival) {
+  return Guarded([=] {
+    const auto records = Get(barrier).Records(reset != 0);
+    const auto name = [&](std::uint64_t participant) {
+      return records.names.at(participant).c_str();
+    };
+    std::map<std::string, int> numbers;
+    for (const auto& record : records.keys) {
+      numbers.emplace(record.key, static_cast<int>(numbers.size()));
+      visit_key(record.key.c_str(), record.rounds, record.failures, record.elsewhere);
+      for (const auto& [participant, device] : record.devices) {
+        visit_device(name(participant), device.rounds, device.last, device.held, device.waited,
+                     device.longest);
+      }
+    }
+    const auto seconds = [](gluon_syncbn::Clock::time_point time) {
+      return std::chrono::duration<double>(time.time_since_epoch()).count();
+    };
+    for (const auto& past : records.past) {
+      visit_arrival(numbers.at(past.key->key), past.call, past.backward, past.succeeded, past.round,
+                    name(past.participant), name(past.last), seconds(past.came),
+                    seconds(past.complete), seconds(past.ended));
+    }
   });
 }
 

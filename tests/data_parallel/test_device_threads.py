@@ -44,6 +44,41 @@ def test_an_interruption_while_the_devices_are_given_their_parts(two, rng, monke
     np.testing.assert_allclose(got, (x - x.mean(0)) / x.std(0), atol=1e-3)
 
 
+def test_an_interruption_that_takes_a_wakeup(two, monkeypatch):
+    """Ctrl-C right after a device's message was taken from the queue: nothing waits for it."""
+
+    class Interrupted:
+        def __init__(self):
+            self._queue, self._first = make(), True
+            self.put = self._queue.put
+
+        def get(self, timeout=None):
+            self._queue.get(timeout=timeout)
+            if self._first:
+                self._first = False
+                raise KeyboardInterrupt
+
+    def function(x):
+        if x.context == slow:
+            time.sleep(0.2)
+        return x + 1
+
+    slow = None
+    make = device_threads.queue.SimpleQueue
+    model = ModelDataParallel(nn.Lambda(function), two)
+    xs = [mx.nd.ones(1, ctx=c) for c in two]
+    model(xs)
+    slow = two[1]
+    monkeypatch.setattr(device_threads.queue, "SimpleQueue", Interrupted)
+    caller = threading.Thread(target=lambda: pytest.raises(KeyboardInterrupt, model, xs))
+    caller.daemon = True
+    caller.start()
+    caller.join(30)
+    assert not caller.is_alive()
+    monkeypatch.undo()
+    assert [out.asscalar() for out in model(xs)] == [2, 2]
+
+
 def test_a_forked_child_trains_though_the_parents_locks_were_held():
     """The threads that hold the locks do not exist in the child."""
     script = """

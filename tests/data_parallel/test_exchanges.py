@@ -13,6 +13,7 @@ from gluon_syncbn import (
     convert_sync_batchnorm,
     parallel_backward,
     revert_batchnorm,
+    symbol,
 )
 from gluon_syncbn.data_parallel.exchanges import exchanges_of
 from networks import split
@@ -151,3 +152,41 @@ def test_layers_of_a_network_and_of_its_graphs(two):
     convert_sync_batchnorm(revert_batchnorm(block), num_devices=2)
     (read,) = exchanges_of(block)
     assert (read.num_devices, read.local) == (2, False)
+
+
+def with_statistics_as_inputs(num_devices, contexts):
+    """A loaded graph that gets its moving statistics with the data, at every call."""
+    names = "data", "norm_moving_mean", "norm_moving_var"
+    sym = symbol.SyncBatchNorm(mx.sym.var("data"), name="norm", num_devices=num_devices)
+    block = gluon.SymbolBlock(sym, [mx.sym.var(name, dtype="float32") for name in names])
+    block.initialize(ctx=contexts)
+    block.params["norm_beta"].set_data(mx.nd.zeros(3))
+    block.hybridize()
+    return block
+
+
+@pytest.mark.parametrize("num_devices", [1, None])
+def test_moving_statistics_that_are_inputs(num_devices, rng):
+    x = rng.randn(4, 3).astype("float32")
+    block = with_statistics_as_inputs(num_devices, [mx.cpu(0)])
+    mean, variance = mx.nd.zeros(3), mx.nd.ones(3)
+    with autograd.record():
+        y = block(mx.nd.array(x), mean, variance)
+    np.testing.assert_allclose(y.asnumpy(), (x - x.mean(0)) / x.std(0), atol=1e-2)
+    np.testing.assert_allclose(mean.asnumpy(), 0.1 * x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(variance.asnumpy(), 0.9 + 0.1 * x.var(0), rtol=1e-5)
+
+
+def test_moving_statistics_that_are_inputs_on_two_devices(two, rng):
+    """No pass can be announced to the all-reduce then, so it has to know the number of devices."""
+    with pytest.raises(ValueError, match="inputs of the graph.*give it num_devices=2"):
+        ModelDataParallel(with_statistics_as_inputs(None, two), two)
+    x = rng.randn(4, 3).astype("float32")
+    model = ModelDataParallel(with_statistics_as_inputs(2, two), two)
+    means, variances = ([value(3, ctx=c) for c in two] for value in (mx.nd.zeros, mx.nd.ones))
+    with autograd.record():
+        ys = model(split(x, two), means, variances)
+    y = np.concatenate([y.asnumpy() for y in ys])
+    np.testing.assert_allclose(y, (x - x.mean(0)) / x.std(0), atol=1e-2)
+    for mean in means:
+        np.testing.assert_allclose(mean.asnumpy(), 0.1 * x.mean(0), rtol=1e-5)

@@ -818,6 +818,26 @@ def many_steps_with_random_delays():
                 assert same_everywhere(value), name
 
 
+@case(2)
+def the_waiting_for_other_processes_is_recorded():
+    net = SyncBatchNorm(in_channels=3)
+    net.initialize()
+    with attached(net):
+        gluon_syncbn.barrier_stats(reset=True)
+        for _ in range(3):
+            if RANK == 1:
+                time.sleep(0.05)
+            with autograd.record():
+                net(mx.nd.ones((2, 3))).wait_to_read()
+        stats = gluon_syncbn.barrier_stats()
+        key = stats.keys[net.key]
+        assert key.rounds == len(stats.waits) == 3
+        assert all(w.came == w.complete <= w.ended for w in stats.waits)
+        elsewhere = WORLD.allgather(key.elsewhere)
+        assert elsewhere[0] > 2 * 0.05 and elsewhere[0] > elsewhere[1], elsewhere
+        assert "for other processes." in str(stats)
+
+
 def main():
     folder, names = pathlib.Path(sys.argv[1]), sys.argv[2:]
     gluon_syncbn.set_timeout(20)

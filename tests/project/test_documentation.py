@@ -3,7 +3,7 @@
 import re
 
 import gluon_syncbn
-from gluon_syncbn import distributed, estimator, symbol
+from gluon_syncbn import distributed, estimator, symbol, waiting
 from paths import ROOT
 
 
@@ -18,5 +18,6 @@ def test_every_public_name_is_in_the_api_reference():
     public = {f"gluon_syncbn.{name}" for name in gluon_syncbn.__all__ if name not in modules}
     for module, contents in modules.items():
         public |= {f"gluon_syncbn.{module}.{name}" for name in contents.__all__}
+    public |= {f"gluon_syncbn.waiting.{name}" for name in waiting.RESULTS}
     public.add(f"gluon_syncbn.estimator.{estimator.DataParallelBatchProcessor.__name__}")
     assert documented() == public

@@ -73,7 +73,7 @@ void AllArrive(unsigned seed, int rounds) {
         for (int k = 0; k < kKeys; ++k) keys[k] = k;
         std::shuffle(keys.begin(), keys.end(), random);
         for (const int key : keys) {
-          barrier.SetSender(Key(key), static_cast<std::uint64_t>(p), 1);
+          barrier.NoteCall(Key(key), static_cast<std::uint64_t>(p), "device", 1);
           Answer& answer = forward[at(round, key, p)];
           barrier.Arrive(NewArrival(key, passes[round], p, p + 1000.0 * round),
                          [&, round](const Result& result) {

@@ -14,7 +14,7 @@ stress() {  # name sanitizers
   local dir=$out/${2//,/-}
   mkdir -p "$dir"
   local flags=("${common[@]}" -O1 "-fsanitize=$2")
-  g++ "${flags[@]}" tests/sanitize/exchange_stress.cc src/operator/exchange/key_barrier.cc \
+  g++ "${flags[@]}" tests/sanitize/exchange_stress.cc src/operator/exchange/*.cc \
     -o "$dir/exchange_stress"
   g++ "${flags[@]}" tests/sanitize/processes_stress.cc \
     src/operator/processes/process_all_reduce.cc -o "$dir/processes_stress"

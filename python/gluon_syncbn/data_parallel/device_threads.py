@@ -9,6 +9,7 @@ are kept.  docs/architecture.md has the whole story.
 import os
 import queue
 import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import mxnet as mx
@@ -96,9 +97,12 @@ class _Request:
 
     def result(self):
         self._done.wait()
-        if self._error is not None:
-            raise self._error
-        return self._result
+        try:
+            if self._error is not None:
+                raise self._error
+            return self._result
+        finally:
+            self._error = None  # or it and its traceback would keep each other
 
 
 def in_callers_thread(function):
@@ -107,13 +111,11 @@ def in_callers_thread(function):
     Called in a device's thread, it runs the function in the thread that called ``run``, which waits
     for the devices; called in any other, right there.
     """
-    events = getattr(_device_thread, "events", None)
-    if events is None:
+    this_run = getattr(_device_thread, "run", None)
+    if this_run is None:
         with _threads.gluon:
             return function()
-    request = _Request(function)
-    events.put(request)
-    return request.result()
+    return this_run.ask(_Request(function))
 
 
 def wait_for_all():
@@ -125,70 +127,102 @@ def wait_for_all():
     mx.nd.waitall()
 
 
+class _Task:
+    """One device's function, and what has become of it."""
+
+    def __init__(self, device, function):
+        self.device, self.function = device, function
+        self.begun = self.done = False
+        self.result = self.error = None
+
+
 class _Run:
-    """One function per device, each in its device's thread; see :func:`run`."""
+    """One function per device, each in its device's thread; see :func:`run`.
+
+    Ctrl-C may interrupt the caller between any two steps.  So what is to be done and what has been
+    is in lists, which it leaves alone; the queue only wakes the caller.
+    """
 
     def __init__(self):
-        self._events = queue.SimpleQueue()  # requests, and futures that are done
-        self._futures = []
-        self._pending = 0
+        self._wake = queue.SimpleQueue()
+        self._tasks = []
+        self._failed = []  # tasks, in the order in which they raised
+        self._requests = deque()  # not yet served
+        self._lock = threading.Lock()
+        self._given_up = False  # tasks that have not begun never will
 
     def submit(self, tasks, a_pass):
         state = _State()
+        self._tasks = [_Task(*task) for task in tasks]
         with _threads.order:  # or two callers could each wait for a thread that the other has
-            for device, function in tasks:
-                future = _threads.submit(
-                    device, self._in_device_thread, device, state, function, a_pass
-                )
-                self._pending += 1
-                self._futures.append(future)
-                future.add_done_callback(self._events.put)
+            for task in self._tasks:
+                _threads.submit(task.device, self._in_device_thread, task, state, a_pass)
 
-    def _in_device_thread(self, device, state, function, a_pass):
-        random_state.follow(device)
-        _device_thread.events = self._events
+    def _in_device_thread(self, task, state, a_pass):
+        with self._lock:
+            if self._given_up:
+                return
+            task.begun = True
         try:
+            random_state.follow(task.device)
+            _device_thread.run = self
             with passes.running(a_pass):
-                return state.run(lambda: _on(device, function))
+                task.result = state.run(lambda: _on(task.device, task.function))
+        except BaseException as error:
+            task.error = error
+            self._failed.append(task)
         finally:
-            _device_thread.events = None
+            _device_thread.run = None
+            task.done = True
+            self._wake.put(None)
+
+    def ask(self, request):
+        """Let the caller serve a request of a device's thread."""
+        self._requests.append(request)
+        self._wake.put(None)
+        return request.result()
 
     def first_error(self):
         """Serve the devices until all are done, or one has failed; return its exception."""
-        while self._pending:
-            event = self._events.get()
-            if isinstance(event, _Request):
-                event.serve()
-                continue
-            self._pending -= 1
-            if event.exception() is not None:
-                return event.exception()
-        return None
+        while True:
+            if self._failed:
+                return self._failed[0].error
+            if self._requests:
+                self._requests[0].serve()
+                self._requests.popleft()
+            elif all(task.done for task in self._tasks):
+                return None
+            else:
+                self._wake.get()
 
     def give_up(self, error):
         """Wait until the other devices have ended; refuse what they ask for."""
-        while self._pending:
-            event = self._events.get()
-            if isinstance(event, _Request):
-                event.refuse(error)
-            else:
-                self._pending -= 1
+        with self._lock:
+            self._given_up = True
+        while any(task.begun and not task.done for task in self._tasks):
+            for request in list(self._requests):
+                request.refuse(error)
+            try:
+                self._wake.get(timeout=0.1)
+            except queue.Empty:
+                pass  # an interruption may have taken what was in it
 
     def where(self, error):
         """The number of the task that raised."""
-        return next((i for i, f in enumerate(self._futures) if _raised(f, error)), None)
+        return next((i for i, task in enumerate(self._tasks) if task.error is error), None)
 
     def results(self):
-        return [future.result() for future in self._futures]
+        return [task.result for task in self._tasks]
+
+    def forget(self):
+        """Forget what was run, which exceptions keep alive by their tracebacks, and they it."""
+        self._tasks, self._failed = [], []
+        self._requests.clear()
 
 
 def _on(device, function):
     with device:
         return function()
-
-
-def _raised(future, error):
-    return future.done() and future.exception() is error
 
 
 def run_on(device, function):
@@ -200,11 +234,19 @@ def run_on(device, function):
     if random_state.is_device_thread():
         return function()
     this_run = _Run()
-    this_run.submit([(device, function)], passes.current())
-    error = this_run.first_error()
-    if error is not None:
-        raise error
-    return this_run.results()[0]
+    try:
+        this_run.submit([(device, function)], passes.current())
+        error = this_run.first_error()
+    except BaseException as interruption:
+        this_run.give_up(interruption)
+        raise
+    try:
+        if error is not None:
+            raise error
+        return this_run.results()[0]
+    finally:
+        error = None
+        this_run.forget()
 
 
 def run(tasks, a_pass=None, fail=None):
@@ -250,4 +292,8 @@ def run(tasks, a_pass=None, fail=None):
         wait_for_all()
     except mx.MXNetError:
         pass  # what `error` brought about
-    raise error
+    try:
+        raise error
+    finally:
+        error = None
+        this_run.forget()

@@ -55,7 +55,10 @@ def _read_graph(block):
     graph = Graph(graph_of(block))
 
     def statistics_of(node):
-        return tuple(block.params[source.name] for source, _ in states_of(node))
+        names = [source.name for source, _ in states_of(node)]
+        if any(name not in block.params.keys() for name in names):
+            return ()  # they are inputs of the block
+        return tuple(block.params[name] for name in names)
 
     found, statistics, late = [], {}, {}  # by the name of the first one
     for node in graph.nodes:

@@ -60,9 +60,50 @@ int NumDevices(const KeyBarrierSumParam& param, const KeyBarrier& barrier) {
   return barrier.HasTransport(param.key) ? 1 : std::max(VisibleGpus(), 1);
 }
 
+// What to do about the likeliest cause of a deadline.
+std::string Advice(Cause cause) {
+  const std::string longer =
+      "for a longer deadline, set GLUON_SYNCBN_TIMEOUT or call gluon_syncbn.set_timeout.";
+  switch (cause) {
+    case Cause::kOneSender:
+      return "On CPU contexts this can deadlock, because they share temporary space within a "
+             "thread. Call the network through ModelDataParallel and take gradients with "
+             "parallel_backward, which use a thread per device (or start with "
+             "MXNET_CPU_TEMP_COPY=1000 in the environment, which costs memory).";
+    case Cause::kDifferentKeys:
+      return "Let all devices use one network, initialized with ctx=ctx_list, not one network "
+             "each; and give a KeyBarrierSum the same key on every device.";
+    case Cause::kDifferentPaths:
+      return "In a step, every device must run the same layers: let no branch depend on the device "
+             "or on its data.";
+    case Cause::kNoBackward:
+      return "Give the losses of all devices to one call of parallel_backward. "
+             "(autograd.backward runs them in one thread, which can deadlock on CPU contexts.)";
+    case Cause::kTooFew:
+      return "Set num_devices to the number of devices that run this layer; or leave it out, and "
+             "call the network through ModelDataParallel.";
+    case Cause::kNotThisKey:
+      return "Run this layer on them as well, or set num_devices to the number of devices that "
+             "run it.";
+    case Cause::kLate:
+      return "After a failure, begin the step anew on every device.";
+    case Cause::kSlow:
+      return "It is still running; " + longer;
+    case Cause::kStopped:
+      return "Look at what that device does: whether it failed, waits for something, or runs this "
+             "layer less often than the others. If it is only slow: " +
+             longer;
+    case Cause::kUnknown:
+      break;
+  }
+  return "Check that every device runs this layer equally often in every step and that num_devices "
+         "is the number of devices that do; " +
+         longer;
+}
+
 // The message of a round that failed, with advice in the terms of MXNet and of the layer, which the
-// exchange does not know.  A known cause comes first.
-std::string Explain(const Result& result, const std::string& kind) {
+// exchange does not know.  The cause comes before the symptom.
+std::string Explain(const Result& result) {
   switch (result.failure) {
     case Failure::kDifferentMerge:
       return result.error + " Give a KeyBarrierSum and a SyncBatchNorm layer different keys.";
@@ -72,21 +113,11 @@ std::string Explain(const Result& result, const std::string& kind) {
       return result.error +
              " For a longer deadline, set GLUON_SYNCBN_TIMEOUT or call gluon_syncbn.set_timeout.";
     case Failure::kDeadline:
-      break;
+      if (result.diagnosis.text.empty()) return result.error + ' ' + Advice(Cause::kUnknown);
+      return result.diagnosis.text + ' ' + Advice(result.diagnosis.cause) + ' ' + result.error;
     default:
       return result.error;
   }
-  const std::string checks =
-      "that every device runs this layer equally often in every step and that num_devices is the "
-      "number of devices that do. For a longer deadline, set GLUON_SYNCBN_TIMEOUT or call "
-      "gluon_syncbn.set_timeout.";
-  if (!result.shared_sender || kind != "cpu") return result.error + " Check " + checks;
-  return "One thread ran several CPU devices that wait for each other, which can deadlock: MXNet's "
-         "CPU contexts share temporary space within a thread. Call the network through "
-         "ModelDataParallel and take gradients with parallel_backward, which use a thread per "
-         "device (or start with MXNET_CPU_TEMP_COPY=1000 in the environment, which costs "
-         "memory). " +
-         result.error + " If that is not the cause, check " + checks;
 }
 
 // NaiveEngine runs every operation in the thread that pushes it, and aborts the process if an
@@ -107,15 +138,15 @@ class KeyBarrierSumOp : public mxnet::Operator {
         name_(ContextName(context)),
         merge_(merge) {
     RequireDevice(context);
-    const std::hash<std::thread::id> number;
-    barrier_->SetSender(param_.key, participant_, number(std::this_thread::get_id()));
+    const auto called = barrier_->NoteCall(param_.key, participant_, name_, Sender());
     // The operator is created when the program calls it, and runs when its input is ready: the
     // ticket keeps the program's order.  An executor may run long after it is bound, if ever, so it
     // takes no ticket; the engine keeps the calls of a layer in order (SyncBNSumProperty).
     const CallScope& call = CurrentCall();
+    if (call.active) called_ = called;
     if (ForLayer() || !call.active) return;
     pass_ = call.pass;
-    ticket_ = barrier_->TakeTicket(param_.key, param_.call, participant_);
+    ticket_ = barrier_->TakeTicket(param_.key, param_.call, participant_, pass_);
   }
   ~KeyBarrierSumOp() override {
     if (ticket_ != 0) barrier_->ReturnTicket(param_.key, param_.call, participant_, ticket_);
@@ -135,6 +166,13 @@ class KeyBarrierSumOp : public mxnet::Operator {
   }
 
  private:
+  // The thread that calls.  GPUs have temporary space of their own, so those of one thread do not
+  // wait for each other.
+  std::uint64_t Sender() const {
+    const std::hash<std::thread::id> number;
+    return kind_ == std::string("gpu") ? participant_ : number(std::this_thread::get_id());
+  }
+
   bool ForLayer() const { return merge_ == Merge::kMoments; }
 
   // The engine keeps this operator and the memory of `from` and `to` until the call completes.
@@ -210,6 +248,8 @@ class KeyBarrierSumOp : public mxnet::Operator {
     arrival.phase = ForLayer() ? pass_ : 0;
     arrival.ticket = ticket_;
     ticket_ = 0;
+    arrival.called = called_;
+    called_ = {};
     arrival.merge = merge_;
     barrier_->Arrive(std::move(arrival), [this, call](const Result& result) {
       round_ = result.round;
@@ -227,7 +267,7 @@ class KeyBarrierSumOp : public mxnet::Operator {
   }
 
   void Finish(const std::shared_ptr<AsynchronousCall>& call, const Result& result) const {
-    if (result.total == nullptr) return call->Fail(Explain(result, kind_));
+    if (result.total == nullptr) return call->Fail(Explain(result));
     call->Succeed(*result.total);
   }
 
@@ -240,7 +280,8 @@ class KeyBarrierSumOp : public mxnet::Operator {
   // Of the last forward, for its backward, which joins the same devices.  The engine never runs two
   // calls of one operator state at a time.
   bool exchanged_ = true;
-  std::uint64_t ticket_ = 0;  // until the first forward has used it
+  std::uint64_t ticket_ = 0;    // until the first forward has used it
+  Clock::time_point called_{};  // when, known until then
   std::uint64_t pass_ = 0;
   std::uint64_t round_ = 0;
   int round_devices_ = 0;

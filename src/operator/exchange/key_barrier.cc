@@ -2,9 +2,12 @@
 #include "exchange/key_barrier.h"
 
 #include <algorithm>
+#include <iterator>
 #include <new>
 #include <sstream>
 #include <system_error>
+
+#include "exchange/diagnosis.h"
 
 namespace gluon_syncbn {
 namespace {
@@ -14,6 +17,9 @@ std::chrono::steady_clock::duration Seconds(double seconds) {
   return std::chrono::duration_cast<std::chrono::steady_clock::duration>(
       std::chrono::duration<double>(std::min(1e9, std::max(1e-3, seconds))));
 }
+
+// No arrival of an earlier pass is still to come, or to an earlier round that failed.
+constexpr std::size_t kRemembered = 4096;
 
 struct Contradiction {
   Failure failure = Failure::kNone;
@@ -46,7 +52,8 @@ Contradiction FindContradiction(const Arrival& first, int round_devices, const A
 
 }  // namespace
 
-KeyBarrier::KeyBarrier(double timeout_seconds) : timeout_(Seconds(timeout_seconds)) {}
+KeyBarrier::KeyBarrier(double timeout_seconds, std::shared_ptr<const RoundLog> log)
+    : timeout_(Seconds(timeout_seconds)), log_(std::move(log)) {}
 
 KeyBarrier::~KeyBarrier() {
   Close("the process is ending");
@@ -60,8 +67,9 @@ KeyBarrier::~KeyBarrier() {
 
 void KeyBarrier::RestartInChild(double timeout_seconds) {
   const std::uint64_t next_ticket = next_ticket_, next_id = next_id_, failures = failures_;
+  const std::shared_ptr<const RoundLog> log = log_;  // never changed, so it is known
   // The old object is not destroyed, because its state is unknown.
-  KeyBarrier* const restarted = new (this) KeyBarrier(timeout_seconds);
+  KeyBarrier* const restarted = new (this) KeyBarrier(timeout_seconds, log);
   restarted->next_ticket_ = next_ticket;  // tickets and passes from before the fork remain unique
   restarted->next_id_ = next_id;
   restarted->failures_ = failures;
@@ -71,15 +79,17 @@ void KeyBarrier::Arrive(Arrival arrival, Completion done) {
   Ended ended;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    waiting_.push_back({Clock::now(), {std::move(arrival), std::move(done)}});
-    Advance(&ended);
+    const Clock::time_point now = Clock::now();
+    waiting_.push_back({now, {std::move(arrival), std::move(done), {}}, ""});
+    Advance(now, &ended);
   }
   Notify(std::move(ended));
 }
 
-std::uint64_t KeyBarrier::TakeTicket(const std::string& key, int call, std::uint64_t participant) {
+std::uint64_t KeyBarrier::TakeTicket(const std::string& key, int call, std::uint64_t participant,
+                                     std::uint64_t pass) {
   std::lock_guard<std::mutex> lock(mutex_);
-  tickets_[{key, call, participant}].insert(next_ticket_);
+  if (aborted_.count(pass) == 0) tickets_[{key, call, participant}][next_ticket_] = pass;
   return next_ticket_++;
 }
 
@@ -89,7 +99,7 @@ void KeyBarrier::ReturnTicket(const std::string& key, int call, std::uint64_t pa
   {
     std::lock_guard<std::mutex> lock(mutex_);
     DropTicket({key, call, participant}, ticket);
-    Advance(&ended);
+    Advance(Clock::now(), &ended);
   }
   Notify(std::move(ended));
 }
@@ -102,27 +112,43 @@ void KeyBarrier::DropTicket(const Queue& queue, std::uint64_t ticket) {
   if (tickets->second.empty()) tickets_.erase(tickets);
 }
 
+// The engine does not run a call whose input has failed, so its ticket may never be used, and is
+// not returned before the program forgets the call's result.  The lock is held.
+void KeyBarrier::DropTicketsOfEndedPasses() {
+  for (auto queue = tickets_.begin(); queue != tickets_.end();) {
+    auto& tickets = queue->second;
+    for (auto ticket = tickets.begin(); ticket != tickets.end();) {
+      ticket = aborted_.count(ticket->second) != 0 ? tickets.erase(ticket) : std::next(ticket);
+    }
+    queue = tickets.empty() ? tickets_.erase(queue) : std::next(queue);
+  }
+}
+
 bool KeyBarrier::IsNext(const Arrival& arrival) const {
   if (arrival.ticket == 0) return true;
   const auto queue = tickets_.find({arrival.key, arrival.call, arrival.participant});
-  return queue == tickets_.end() || *queue->second.begin() >= arrival.ticket;
+  return queue == tickets_.end() || queue->second.begin()->first >= arrival.ticket;
 }
 
 // Lets waiting arrivals join, as long as there is one that is next.  The lock is held.
-void KeyBarrier::Advance(Ended* ended) {
+void KeyBarrier::Advance(Clock::time_point now, Ended* ended) {
   for (;;) {
     const auto next = std::find_if(waiting_.begin(), waiting_.end(),
                                    [this](const Waiting& w) { return IsNext(w.present.arrival); });
-    if (next == waiting_.end()) break;
-    Present present = std::move(next->present);
+    if (next == waiting_.end()) {
+      if (EndPasses(&ended->failed)) continue;
+      break;
+    }
+    Waiting waiting = std::move(*next);
+    waiting.present.came = now;
     waiting_.erase(next);
-    const Arrival& arrival = present.arrival;
+    const Arrival& arrival = waiting.present.arrival;
     DropTicket({arrival.key, arrival.call, arrival.participant}, arrival.ticket);
-    Join(std::move(present), ended);
+    Join(std::move(waiting.present), waiting.failed, ended);
   }
   if (waiting_.empty() && open_.empty()) return;
   try {
-    StartWatch();
+    StartWatch(now);
   } catch (const std::system_error& e) {
     // Without the thread, arrivals that wait would have no deadline.
     std::ostringstream why;
@@ -136,27 +162,35 @@ void KeyBarrier::Advance(Ended* ended) {
   }
 }
 
-// The lock is held.
-void KeyBarrier::Join(Present present, Ended* ended) {
+// `failed`: why the arrival has failed, if it has: its round will not be complete.  The lock is
+// held.
+void KeyBarrier::Join(Present present, const std::string& failed, Ended* ended) {
   Arrival& arrival = present.arrival;
-  const auto aborted = aborted_.find(arrival.pass);
-  if (!closed_.empty() || aborted != aborted_.end()) {
-    Round refused{0, arrival.num_devices, Clock::now(), {}};
-    refused.present.push_back(std::move(present));
-    ended->failed.push_back(
-        CountedFailure(std::move(refused), closed_.empty() ? aborted->second : closed_));
-    return;
-  }
   const Phase phase{arrival.key, arrival.call, arrival.phase};
-  const std::string& phase_key = std::get<0>(phase);
   auto& rounds = open_[phase];
   auto round = std::find_if(rounds.begin(), rounds.end(), [&](const Round& r) {
     return std::none_of(r.present.begin(), r.present.end(), [&](const Present& p) {
       return p.arrival.participant == arrival.participant;
     });
   });
+  std::string refusal;
+  if (!arrival.backward && arrival.phase == 0) {
+    const auto id = round == rounds.end() ? next_id_ : round->id;
+    refusal = missed_.Refusal({arrival.key, arrival.call}, arrival, id);
+    if (!refusal.empty()) refusal = Describe(arrival) + refusal;
+  }
+  const auto aborted = aborted_.find(arrival.pass);
+  if (aborted != aborted_.end()) refusal = Describe(arrival) + aborted->second;
+  if (!closed_.empty()) refusal = closed_;
+  if (!refusal.empty()) {
+    if (rounds.empty()) open_.erase(phase);
+    Round refused{0, arrival.num_devices, present.came, {}};
+    refused.present.push_back(std::move(present));
+    ended->failed.push_back(CountedFailure(std::move(refused), std::move(refusal)));
+    return;
+  }
   if (round == rounds.end()) {
-    rounds.push_back({next_id_++, arrival.num_devices, Clock::now(), {}});
+    rounds.push_back({next_id_++, arrival.num_devices, present.came, {}});
     round = std::prev(rounds.end());
   }
   const Contradiction contradiction =
@@ -164,16 +198,62 @@ void KeyBarrier::Join(Present present, Ended* ended) {
           ? Contradiction()
           : FindContradiction(round->present.front().arrival, round->num_devices, arrival);
   round->present.push_back(std::move(present));
-  if (contradiction.failure != Failure::kNone) {
-    std::string error = Describe(round->present.front().arrival) + contradiction.message;
+  if (!failed.empty() || contradiction.failure != Failure::kNone) {
+    std::string error =
+        failed.empty() ? Describe(round->present.front().arrival) + contradiction.message : failed;
     ended->failed.push_back(
         CountedFailure(std::move(*round), std::move(error), contradiction.failure));
     rounds.erase(round);
   } else if (static_cast<int>(round->present.size()) >= round->num_devices) {
-    ended->complete.push_back({std::move(*round), TransportOf(phase_key)});
+    KeyNotes& notes = notes_[std::get<0>(phase)];
+    CompleteRound complete{std::move(*round), notes.transport, false};
     rounds.erase(round);
+    // Backward, it takes the way of its forward.
+    const Arrival& last = complete.round.present.back().arrival;
+    complete.goes_on =
+        last.backward ? (last.phase & Transport::kElsewhere) != 0 : complete.transport != nullptr;
+    if (!complete.goes_on) {
+      records_.Add(RecordOf(std::get<0>(phase), &notes), complete.round, true,
+                   complete.round.present.back().came);
+    }
+    ended->complete.push_back(std::move(complete));
   }
   if (rounds.empty()) open_.erase(phase);
+}
+
+KeyRecord* KeyBarrier::RecordOf(const std::string& key, KeyNotes* notes) {
+  if (notes->record == nullptr) notes->record = &records_.Of(key);
+  return notes->record;
+}
+
+// Ends the passes of rounds that have failed.  Returns whether any did.  The lock is held.
+bool KeyBarrier::EndPasses(std::vector<FailedRound>* failed) {
+  bool any = false;
+  for (std::size_t i = 0; i < failed->size(); ++i) {
+    const FailedRound& first = (*failed)[i];
+    const Failure failure = first.failure;
+    const Diagnosis diagnosis = first.diagnosis;
+    const std::string why = "its pass had failed before: ", error = first.error;
+    const std::string for_later =
+        why + diagnosis.text + (diagnosis.text.empty() ? "" : " ") + error;
+    std::set<std::uint64_t> passes;
+    for (const auto& p : first.round.present) {
+      const std::uint64_t pass = p.arrival.pass;
+      if (pass != 0 && aborted_.emplace(pass, for_later).second) passes.insert(pass);
+    }
+    if (passes.empty()) continue;
+    any = true;
+    for (auto& also : TakeRounds([&](const Arrival& arrival,
+                                     Clock::time_point) { return passes.count(arrival.pass) != 0; },
+                                 why + error)) {
+      also.failure = failure;
+      also.diagnosis = diagnosis;
+      failed->push_back(std::move(also));
+    }
+  }
+  if (any) DropTicketsOfEndedPasses();
+  while (aborted_.size() > kRemembered) aborted_.erase(aborted_.begin());
+  return any;
 }
 
 void KeyBarrier::Notify(Ended ended) {
@@ -195,10 +275,7 @@ void KeyBarrier::Complete(CompleteRound complete) {
   for (std::size_t i = 1; i < present.size(); ++i) {
     MergeInto(first.merge, present[i].arrival.values, &total);
   }
-  // Backward, it takes the way of its forward.
-  const bool goes_on =
-      first.backward ? (first.phase & Transport::kElsewhere) != 0 : complete.transport != nullptr;
-  if (!goes_on) return Succeed(complete.round, total, complete.round.id);
+  if (!complete.goes_on) return Succeed(complete.round, total);
   if (complete.transport == nullptr) {
     return FailFrom(
         std::move(complete.round),
@@ -213,13 +290,23 @@ void KeyBarrier::Complete(CompleteRound complete) {
   // Shared, because a std::function is copied.
   const auto round = std::make_shared<Round>(std::move(complete.round));
   complete.transport->AllReduce(std::move(contribution), [this, round](const Outcome& outcome) {
-    if (outcome.total != nullptr) return Succeed(*round, *outcome.total, outcome.round);
-    FailFrom(std::move(*round), outcome);
+    if (outcome.total == nullptr) return FailFrom(std::move(*round), outcome);
+    round->id = outcome.round;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      const std::string& key = round->present.front().arrival.key;
+      records_.Add(RecordOf(key, &notes_[key]), *round, true, Clock::now());
+    }
+    Succeed(*round, *outcome.total);
   });
 }
 
-void KeyBarrier::Succeed(const Round& round, const std::vector<double>& total, std::uint64_t id) {
-  const Result result{&total, id, static_cast<int>(round.present.size()), ""};
+void KeyBarrier::Succeed(const Round& round, const std::vector<double>& total) const {
+  if (log_ != nullptr) log_->Write(round, "");
+  Result result;
+  result.total = &total;
+  result.round = round.id;
+  result.num_devices = static_cast<int>(round.present.size());
   for (const auto& p : round.present) p.done(result);
 }
 
@@ -239,12 +326,13 @@ void KeyBarrier::FailFrom(Round round, const Outcome& outcome) {
   Fail(std::move(failed));
 }
 
-void KeyBarrier::Fail(std::vector<FailedRound> failed) {
+void KeyBarrier::Fail(std::vector<FailedRound> failed) const {
   for (auto& f : failed) {
+    if (log_ != nullptr) log_->Write(f.round, f.error);
     if (f.transport != nullptr)
       f.transport->FailedHere(f.round.present.front().arrival.key, f.error);
     for (auto& p : f.round.present) {
-      p.done(Result{nullptr, 0, 0, f.error, f.failure, f.shared_sender});
+      p.done(Result{nullptr, 0, 0, f.error, f.failure, f.diagnosis});
     }
   }
 }
@@ -281,19 +369,20 @@ std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
     phase = rounds.empty() ? open_.erase(phase) : std::next(phase);
   }
   for (auto waiting = waiting_.begin(); waiting != waiting_.end();) {
-    if (!predicate(waiting->present.arrival, waiting->since)) {
+    if (!waiting->failed.empty() || !predicate(waiting->present.arrival, waiting->since)) {
       ++waiting;
       continue;
     }
     const std::string error = Describe(waiting->present.arrival) + why +
                               " An earlier call with this key on " + waiting->present.arrival.name +
                               " has not run yet.";
-    const Arrival& arrival = waiting->present.arrival;
-    DropTicket({arrival.key, arrival.call, arrival.participant}, arrival.ticket);
     Round round{0, waiting->present.arrival.num_devices, waiting->since, {}};
-    round.present.push_back(std::move(waiting->present));
+    round.present.push_back(waiting->present);
+    waiting->failed = error;
+    waiting->present.arrival.values.clear();
+    waiting->present.done = [](const Result&) {};
     taken.push_back(CountedFailure(std::move(round), error));
-    waiting = waiting_.erase(waiting);
+    ++waiting;
   }
   return taken;
 }
@@ -332,8 +421,6 @@ Pass KeyBarrier::PassOf(const std::string& key, std::uint64_t participant) const
 }
 
 void KeyBarrier::Abort(const std::vector<std::uint64_t>& passes, const std::string& why) {
-  constexpr std::size_t kRemembered = 4096;  // no arrival of an earlier pass is still to come
-  std::vector<FailedRound> failed;
   Ended ended;
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -341,39 +428,60 @@ void KeyBarrier::Abort(const std::vector<std::uint64_t>& passes, const std::stri
       if (pass != 0) aborted_[pass] = why;
     }
     while (aborted_.size() > kRemembered) aborted_.erase(aborted_.begin());
-    failed = TakeRounds([&](const Arrival& arrival,
-                            Clock::time_point) { return aborted_.count(arrival.pass) != 0; },
-                        why);
-    Advance(&ended);  // arrivals that waited for the tickets of those that have just failed
+    ended.failed = TakeRounds([&](const Arrival& arrival,
+                                  Clock::time_point) { return aborted_.count(arrival.pass) != 0; },
+                              why);
+    DropTicketsOfEndedPasses();
+    Advance(Clock::now(),
+            &ended);  // arrivals that waited for the tickets of those that have just failed
   }
-  Fail(std::move(failed));
   Notify(std::move(ended));
 }
 
-void KeyBarrier::SetSender(const std::string& key, std::uint64_t participant,
-                           std::uint64_t sender) {
+Clock::time_point KeyBarrier::NoteCall(const std::string& key, std::uint64_t participant,
+                                       const std::string& name, std::uint64_t sender) {
+  const Clock::time_point now = Clock::now();
   std::lock_guard<std::mutex> lock(mutex_);
-  notes_[key].senders[participant] = sender;
+  notes_[key].calls[participant] = {sender, now};
+  records_.Name(participant, name);
+  return now;
 }
 
 // The lock is held.
-bool KeyBarrier::SharesSender(const std::string& key) const {
-  const auto notes = notes_.find(key);
-  if (notes == notes_.end()) return false;
-  std::set<std::uint64_t> seen;
-  for (const auto& participant_and_sender : notes->second.senders) {
-    if (!seen.insert(participant_and_sender.second).second) return true;
+Diagnosis KeyBarrier::DiagnosisOf(const Round& round, Clock::time_point now) const {
+  const Arrival& first = round.present.front().arrival;
+  std::vector<const Round*> open;
+  for (const auto& phase_and_rounds : open_) {
+    for (const Round& other : phase_and_rounds.second) open.push_back(&other);
   }
-  return false;
+  std::vector<std::uint64_t> announced;
+  for (const auto& key_and_notes : notes_) {
+    for (const auto& participant_and_pass : key_and_notes.second.passes) {
+      if (first.pass != 0 && participant_and_pass.second.id == first.pass) {
+        announced.push_back(participant_and_pass.first);
+      }
+    }
+  }
+  static const std::map<std::uint64_t, Call> kNone;
+  const auto notes = notes_.find(first.key);
+  return Diagnose(
+      {round, now, open, records_, notes == notes_.end() ? kNone : notes->second.calls, announced});
 }
 
 // The lock is held.
 KeyBarrier::FailedRound KeyBarrier::CountedFailure(Round round, std::string error,
                                                    Failure failure) {
-  KeyNotes& notes = notes_[round.present.front().arrival.key];
+  const Clock::time_point now = Clock::now();
+  const Arrival& first = round.present.front().arrival;
+  if (round.id != 0 && !first.backward && first.phase == 0 &&
+      static_cast<int>(round.present.size()) < round.num_devices) {
+    missed_.Add({first.key, first.call}, round, error, now);
+  }
+  KeyNotes& notes = notes_[first.key];
   ++failures_;
   ++notes.failures;
-  return {std::move(round), std::move(error), failure, false, notes.transport};
+  records_.Add(RecordOf(first.key, &notes), round, false, now);
+  return {std::move(round), std::move(error), failure, {}, notes.transport};
 }
 
 void KeyBarrier::SetTransport(const std::string& key, std::shared_ptr<Transport> transport) {
@@ -435,10 +543,17 @@ std::uint64_t KeyBarrier::Failures() const {
   return failures_;
 }
 
+RoundRecords::Copy KeyBarrier::Records(bool reset) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  RoundRecords::Copy copy = records_.Snapshot();
+  if (reset) records_.Reset();
+  return copy;
+}
+
 // Deadlines pass in the order in which rounds are opened, so the thread need not be woken if it is
 // going to look before now + timeout: in the steady state an arrival costs no system call.
-void KeyBarrier::StartWatch() {
-  const Clock::time_point deadline = Clock::now() + timeout_;
+void KeyBarrier::StartWatch(Clock::time_point now) {
+  const Clock::time_point deadline = now + timeout_;
   if (!watch_.joinable()) {
     next_look_ = deadline;
     watch_ = std::thread(&KeyBarrier::Watch, this);
@@ -459,24 +574,32 @@ void KeyBarrier::Watch() {
     std::ostringstream why;
     why << "not every device came within " << std::chrono::duration<double>(timeout_).count()
         << " s.";
-    std::vector<FailedRound> failed =
-        TakeRounds([&](const Arrival&, Clock::time_point since) { return now - since >= timeout_; },
-                   why.str());
-    for (auto& f : failed) {
-      f.failure = Failure::kDeadline;
-      f.shared_sender = SharesSender(f.round.present.front().arrival.key);
+    std::map<std::uint64_t, Diagnosis> diagnoses;  // by round; each one's cause may be another
+    for (const auto& phase_and_rounds : open_) {
+      for (const Round& round : phase_and_rounds.second) {
+        if (now - round.opened >= timeout_) diagnoses[round.id] = DiagnosisOf(round, now);
+      }
     }
     Ended ended;
-    Advance(&ended);  // arrivals that waited for the tickets of those that have just failed
+    ended.failed =
+        TakeRounds([&](const Arrival&, Clock::time_point since) { return now - since >= timeout_; },
+                   why.str());
+    for (auto& f : ended.failed) {
+      f.failure = Failure::kDeadline;
+      f.diagnosis = diagnoses[f.round.id];
+    }
+    Advance(Clock::now(),
+            &ended);  // arrivals that waited for the tickets of those that have just failed
     next_look_ = now + timeout_;
     for (const auto& phase_and_rounds : open_) {
       for (const auto& round : phase_and_rounds.second) {
         next_look_ = std::min(next_look_, round.opened + timeout_);
       }
     }
-    for (const auto& w : waiting_) next_look_ = std::min(next_look_, w.since + timeout_);
+    for (const auto& w : waiting_) {
+      if (w.failed.empty()) next_look_ = std::min(next_look_, w.since + timeout_);
+    }
     lock.unlock();
-    Fail(std::move(failed));
     Notify(std::move(ended));
     lock.lock();
   }

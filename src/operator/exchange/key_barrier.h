@@ -8,11 +8,8 @@
 // sum, and a name for messages.
 #pragma once
 
-#include <chrono>
 #include <condition_variable>
-#include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -23,55 +20,13 @@
 #include <utility>
 #include <vector>
 
-#include "exchange/merge.h"
+#include "exchange/missed_rounds.h"
+#include "exchange/round.h"
+#include "exchange/round_log.h"
+#include "exchange/round_records.h"
 #include "exchange/transport.h"
 
 namespace gluon_syncbn {
-
-// What one participant contributes to a round, that is, to one all-reduce.
-struct Arrival {
-  std::string key;
-  int call = 0;  // tells apart the uses of a key that is used in several places
-  // Arrivals join a round of the same key, call and phase.  The phase of a forward exchange is its
-  // pass, or 0 outside of one.  The phase of a backward exchange is the id of the forward round, so
-  // that it finds the same participants, in whatever order the devices run backward.
-  std::uint64_t phase = 0;
-  bool backward = false;
-  std::uint64_t pass = 0;  // for Abort; 0: none
-  std::uint64_t participant = 0;
-  std::string kind;  // must be the same for all arrivals of a round, for example "cpu"
-  std::string name;  // for messages
-  int num_devices = 1;
-  std::vector<double> values;
-  // From TakeTicket: the arrival waits for those of its participant with earlier tickets.
-  // 0: it does not wait.
-  std::uint64_t ticket = 0;
-  Merge merge = Merge::kSum;
-  // Whether the thread has up to 50 us for the messages of other processes: to wake another thread
-  // for them takes longer than most rounds.  Nothing depends on it.
-  bool spin = false;
-};
-
-// Why a round failed, as far as a caller may have advice to add to the message.
-enum class Failure {
-  kNone,
-  kDeadline,         // not all participants arrived in time
-  kDifferentMerge,   // two arrivals want to be merged in different ways
-  kDifferentLength,  // two arrivals have different numbers of values
-  kProcessDeadline,  // not all processes came in time
-  kOther,
-};
-
-// What every participant of a round gets.
-struct Result {
-  const std::vector<double>* total = nullptr;  // null if the round failed; valid during the call
-  std::uint64_t round = 0;                     // its id; never 0 if it succeeded
-  int num_devices = 0;                         // how many took part
-  std::string error;                           // the message if it failed
-  Failure failure = Failure::kNone;
-  // With kDeadline: several participants of the key share a sender (see SetSender).
-  bool shared_sender = false;
-};
 
 // A pass is one run of a program, forward and backward, on several participants.  Their arrivals
 // join rounds of this pass only.
@@ -80,15 +35,12 @@ struct Pass {
   int expected = 0;      // the number of participants
 };
 
-// Called exactly once per arrival, never under the barrier's lock: by the thread of the last
-// arrival, by the thread that ended the round otherwise, or by the barrier's own thread.
-using Completion = std::function<void(const Result&)>;
-
 // All functions may be called from any thread.
 class KeyBarrier {
  public:
   // A round fails if it is not complete `timeout_seconds` after its first arrival.
-  explicit KeyBarrier(double timeout_seconds);
+  // Every round gets a line in the log, if there is one.
+  explicit KeyBarrier(double timeout_seconds, std::shared_ptr<const RoundLog> log = nullptr);
   ~KeyBarrier();
   KeyBarrier(const KeyBarrier&) = delete;
   KeyBarrier& operator=(const KeyBarrier&) = delete;
@@ -97,11 +49,17 @@ class KeyBarrier {
   // not present, or opens one.  Values are merged in the order of the participants' numbers, not of
   // their arrival: the result is the same, bit for bit, on every run.  An arrival that contradicts
   // its round in kind, num_devices, merge or length fails the round.
+  //
+  // A round that fails ends its pass (Abort).  Outside of a pass, an arrival that comes late to a
+  // round that has failed gets an error, and joins no later round, if it was called before that.
+  // If it was called after that, the program has begun anew.
   void Arrive(Arrival arrival, Completion done);
 
   // Takes a ticket for a later arrival.  The arrivals of a participant under this key and call join
-  // rounds in the order of their tickets, even if they come in a different order.
-  std::uint64_t TakeTicket(const std::string& key, int call, std::uint64_t participant);
+  // rounds in the order of their tickets, even if they come in a different order.  A ticket of a
+  // pass (0: of none) holds up nothing once that has ended.
+  std::uint64_t TakeTicket(const std::string& key, int call, std::uint64_t participant,
+                           std::uint64_t pass = 0);
   // Returns a ticket that no arrival will use.
   void ReturnTicket(const std::string& key, int call, std::uint64_t participant,
                     std::uint64_t ticket);
@@ -117,9 +75,11 @@ class KeyBarrier {
   // Fails all open rounds of these passes, and every later arrival in them.
   void Abort(const std::vector<std::uint64_t>& passes, const std::string& why);
 
-  // Sets who sends a participant's arrivals, as any number.  Participants that share a sender may
-  // be unable to arrive at the same time; if a deadline passes, Result says that they do.
-  void SetSender(const std::string& key, std::uint64_t participant, std::uint64_t sender);
+  // Says that a participant has been called and is going to arrive, and what called it, as any
+  // number.  Participants that share a sender may be unable to arrive at the same time; if a
+  // deadline passes, Result says that they do.  Returns the time, for Arrival::called.
+  Clock::time_point NoteCall(const std::string& key, std::uint64_t participant,
+                             const std::string& name, std::uint64_t sender);
 
   // Sets what carries this key's rounds on to other processes; null: nothing, they end here.
   void SetTransport(const std::string& key, std::shared_ptr<Transport> transport);
@@ -141,41 +101,35 @@ class KeyBarrier {
   std::uint64_t Failures(const std::string& key) const;
   std::uint64_t Failures() const;
 
- private:
-  using Clock = std::chrono::steady_clock;
+  // What happened so far, or since the last time with `reset`.
+  RoundRecords::Copy Records(bool reset);
 
-  struct Present {
-    Arrival arrival;
-    Completion done;
-  };
+ private:
   struct Waiting {
     Clock::time_point since;
     Present present;
-  };
-  struct Round {
-    std::uint64_t id;
-    int num_devices;
-    Clock::time_point opened;
-    std::vector<Present> present;
+    std::string failed;  // why, if its deadline has passed: it keeps its place among the tickets
   };
   struct CompleteRound {
     Round round;
     std::shared_ptr<Transport> transport;
+    bool goes_on;  // through the transport
   };
   struct FailedRound {
     Round round;
     std::string error;
     Failure failure = Failure::kOther;
-    bool shared_sender = false;
+    Diagnosis diagnosis;
     std::shared_ptr<Transport> transport;  // that does not know yet
   };
   // What is known of a key besides its rounds.
   struct KeyNotes {
-    std::map<std::uint64_t, Pass> passes;            // by participant
-    std::set<std::uint64_t> announced;               // participants whose last pass is not 0
-    std::map<std::uint64_t, std::uint64_t> senders;  // by participant
+    std::map<std::uint64_t, Pass> passes;  // by participant
+    std::set<std::uint64_t> announced;     // participants whose last pass is not 0
+    std::map<std::uint64_t, Call> calls;   // the latest, by participant
     std::uint64_t failures = 0;
     std::shared_ptr<Transport> transport;
+    KeyRecord* record = nullptr;  // from RecordOf
   };
   using Phase = std::tuple<std::string, int, std::uint64_t>;  // key, call, phase
   using Queue = std::tuple<std::string, int, std::uint64_t>;  // key, call, participant
@@ -187,34 +141,41 @@ class KeyBarrier {
 
   bool IsNext(const Arrival& arrival) const;
   void DropTicket(const Queue& queue, std::uint64_t ticket);
-  void Advance(Ended* ended);
-  void Join(Present present, Ended* ended);
+  void DropTicketsOfEndedPasses();
+  void Advance(Clock::time_point now, Ended* ended);
+  void Join(Present present, const std::string& failed, Ended* ended);
+  KeyRecord* RecordOf(const std::string& key, KeyNotes* notes);
+  bool EndPasses(std::vector<FailedRound>* failed);
   void Notify(Ended ended);
   static void SortByParticipant(std::vector<Present>* present);
   void Complete(CompleteRound complete);
-  static void Succeed(const Round& round, const std::vector<double>& total, std::uint64_t id);
+  void Succeed(const Round& round, const std::vector<double>& total) const;
   void FailFrom(Round round, const Outcome& outcome);
-  static void Fail(std::vector<FailedRound> failed);
+  void Fail(std::vector<FailedRound> failed) const;
   FailedRound CountedFailure(Round round, std::string error, Failure failure = Failure::kOther);
   std::shared_ptr<Transport> TransportOf(const std::string& key) const;
-  bool SharesSender(const std::string& key) const;
+  Diagnosis DiagnosisOf(const Round& round, Clock::time_point now) const;
   static std::string Describe(const Arrival& first);
   template <typename Predicate>
   std::vector<FailedRound> TakeRounds(Predicate predicate, const std::string& why);
-  void StartWatch();
+  void StartWatch(Clock::time_point now);
   void Watch();
 
   mutable std::mutex mutex_;
-  std::map<Phase, std::vector<Round>> open_;          // oldest first
-  std::map<Queue, std::set<std::uint64_t>> tickets_;  // taken and not yet used
-  std::vector<Waiting> waiting_;                      // arrivals with earlier tickets before them
+  std::map<Phase, std::vector<Round>> open_;  // oldest first
+  // Taken and not yet used, with their passes.
+  std::map<Queue, std::map<std::uint64_t, std::uint64_t>> tickets_;
+  MissedRounds missed_;
+  std::vector<Waiting> waiting_;  // arrivals with earlier tickets before them
   std::uint64_t next_ticket_ = 1;
   std::map<std::string, KeyNotes> notes_;
   std::map<std::uint64_t, std::string> aborted_;  // pass -> why; the latest ones
   std::string closed_;                            // why; empty while open
   std::uint64_t next_id_ = 1;                     // of rounds and passes
   std::uint64_t failures_ = 0;
+  RoundRecords records_;
   Clock::duration timeout_;
+  const std::shared_ptr<const RoundLog> log_;
 
   std::thread watch_;  // started by the first round that has to wait
   std::condition_variable wake_;

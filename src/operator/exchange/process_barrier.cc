@@ -13,10 +13,16 @@ double FirstTimeout() {
   return seconds > 0 ? seconds : 120.0;  // Python has rejected anything but positive numbers
 }
 
+// Python has checked that it can be opened.
+std::shared_ptr<const RoundLog> Log() {
+  const char* path = std::getenv("GLUON_SYNCBN_LOG");
+  return path == nullptr || *path == '\0' ? nullptr : RoundLog::Open(path);
+}
+
 }  // namespace
 
 std::shared_ptr<KeyBarrier> ProcessBarrier() {
-  static const auto barrier = std::make_shared<KeyBarrier>(FirstTimeout());
+  static const auto barrier = std::make_shared<KeyBarrier>(FirstTimeout(), Log());
   return barrier;
 }
 

@@ -155,6 +155,24 @@ def test_deadline_raises_on_every_device_that_waited_and_the_next_round_works():
         xs[0].grad.asnumpy()
 
 
+def test_a_device_that_comes_after_the_deadline_joins_no_later_round():
+    def call(x):
+        return mx.nd.contrib.KeyBarrierSum(x, key="too late", num_devices=2)
+
+    for _ in range(3):
+        gluon_syncbn.set_timeout(0.2)
+        with held(mx.nd.ones(2, ctx=CONTEXTS[1])) as late:
+            ys = [call(mx.nd.ones(2, ctx=CONTEXTS[0])), call(late)]
+            with pytest.raises(mx.MXNetError, match=r"Arrived: cpu\(0\); missing: 1 of 2"):
+                ys[0].asnumpy()
+            gluon_syncbn.set_timeout(30)
+        zs = [call(mx.nd.full(2, 10, ctx=c)) for c in CONTEXTS[:2]]  # the step is run again
+        with pytest.raises(mx.MXNetError, match=r"cpu\(1\) came after its round had failed"):
+            ys[1].asnumpy()
+        for z in zs:
+            np.testing.assert_array_equal(z.asnumpy(), [20, 20])
+
+
 @pytest.mark.parametrize("dtype", ["int32", "float16"])
 def test_other_types_are_refused(dtype):
     with pytest.raises(mx.MXNetError, match="float32 or float64"):

@@ -240,7 +240,6 @@ def test_contradiction_fails_the_round_at_once(barrier, second, message):
 
 
 def test_a_late_device_does_not_join_the_next_pass(barrier):
-    """Its round is unknown outside of a pass; within one it is known."""
     first, second = barrier.control.new_pass(), barrier.control.new_pass()
     assert first != second
     barrier.control.timeout = 0.2
@@ -250,7 +249,18 @@ def test_a_late_device_does_not_join_the_next_pass(barrier):
     late = barrier.arrive(1, [1], 2, a_pass=first)
     outs = wait(*[barrier.arrive(p, [10], 2, a_pass=second) for p in (0, 1)])
     assert [out["total"][0] for out in outs] == [20, 20]
-    assert not late["event"].is_set()
+    assert "its pass had failed before" in late["error"] and "0.2 s" in late["error"]
+
+
+def test_a_round_that_fails_ends_its_pass(barrier):
+    """The devices that wait in other rounds of it, and those that come later, learn why."""
+    first, second = barrier.control.new_pass(), barrier.control.new_pass()
+    waiting, other = (barrier.arrive(0, [1], 3, "a", a_pass=p) for p in (first, second))
+    outs = [barrier.arrive(p, [1] * (p + 1), 3, "b", a_pass=first) for p in (0, 1)]
+    late = barrier.arrive(2, [1], 3, "a", a_pass=first)
+    for out in wait(*outs, waiting, late):
+        assert "device 1 brings 2 values, but device 0 brings 1" in out["error"]
+    assert not other["event"].is_set()
 
 
 def test_abort_ends_one_pass_and_no_other(barrier):
