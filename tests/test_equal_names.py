@@ -119,7 +119,7 @@ def test_in_two_threads_at_once(loaded, two, files, rng):
 
 def test_one_is_deleted_and_another_made(two, files, rng):
     """Also while calls of the first are on their way."""
-    for part in batches(6, rng):
+    for part in batches(3, rng):
         model = ModelDataParallel(make(two, {}), two)
         loaded = ModelDataParallel(gluon.SymbolBlock.imports(*files, ctx=two), two)
         with autograd.record():

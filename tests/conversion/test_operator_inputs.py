@@ -61,9 +61,11 @@ def replaced(**changes):
     [
         ({"inputs": lambda n: n.inputs[:1]}, "has 1 inputs, but takes statistics, moving_mean"),
         ({"inputs": lambda n: n.inputs * 2}, "has 4 inputs"),
-        ({"inputs": lambda n: [n.inputs[0]] * 2}, "the result of .*moments as its moving_mean"),
+        ({"inputs": lambda n: [n.inputs[1], n.inputs[0]]}, "result of .* as its moving_mean"),
         ({"inputs": lambda n: [(n.inputs[0][0], 3), n.inputs[1]]}, "has no output 3"),
         ({"inputs": lambda n: [(n.inputs[0][0], -1), n.inputs[1]]}, "has no output -1"),
+        ({"inputs": lambda n: [n.inputs[1]] * 2}, "has one variable or result as two"),
+        ({"inputs": lambda n: [n.inputs[0]] * 2}, "has one variable or result as two"),
         ({"op": lambda n: "_backward__syncbn_sum"}, "is no operator of a network"),
         ({"attrs": lambda n: {**n.attrs, "__group_size__": "-2"}}, "must be a positive integer"),
     ],

@@ -103,7 +103,7 @@ def test_in_moving_statistics(value, name, dtype, training, rng):
 
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("place", [0, 3])
 def test_an_infinity_anywhere_in_a_large_map(dtype, axis, place, rng):
     """Sums begin anew in every tile, at its first element."""
     x = rng.randn(5, 40, 30, 20).astype(dtype)

@@ -2,7 +2,8 @@
 
 MXNet does not count them when it loads a file.  With too few it crashes when it differentiates the
 graph (``OpPropGradient`` in its ``src/nnvm/legacy_op_util.cc``), and so it does where an output is
-read that does not exist.  So both are counted here first.
+read that does not exist.  So both are counted here first.  And where one variable is two inputs of
+a node, MXNet gives it the shape of one of them, which for the other may be too small.
 """
 
 from ..operators import group_size_of
@@ -82,6 +83,13 @@ def check_operators(graph):
         names = _names_of(node)
         if len(node.inputs) != len(names):
             refuse(node, f"has {len(node.inputs)} inputs, but takes {', '.join(names)}")
+        different = [
+            (id(source), output)
+            for (source, output), name in zip(node.inputs, names)
+            if name != "residual"  # it may be the data
+        ]
+        if len(set(different)) < len(different):
+            refuse(node, "has one variable or result as two of its inputs")
         for (source, _), name in zip(states_of(node), names[len(arguments_of(node)) :]):
             if not source.is_variable:
                 refuse(node, f"has the result of {source.name} as its {name}, not a variable")
