@@ -8,6 +8,7 @@ MXNET_VERSION := $(shell sed -n 's/^MXNET = "\(.*\)"/\1/p' $(COMPATIBILITY))
 VENV ?= .venv$(if $(filter-out mxnet,$(MXNET)),-$(MXNET))
 BIN := $(VENV)/bin
 CU112 := .venv-cu112
+UPSTREAM := .venv-upstream
 HOROVOD := .venv-horovod
 MPI ?= mpich
 MPI_ENV = .venv-mpi-$(MPI)
@@ -19,6 +20,7 @@ DIST ?= dist
 BENCH_ARGS ?=
 EXAMPLE_ARGS ?=
 TEST_ARGS ?=
+UPSTREAM_ARGS ?=
 
 .DEFAULT_GOAL := help
 
@@ -85,6 +87,17 @@ emulated: build $(CU112)/ready  ## test our GPU side in mxnet-cu112, on emulated
 	  LD_LIBRARY_PATH="$(abspath $(CU112)/emulated/lib):$(abspath $(CU112)/standins)" \
 	  $(CU112)/bin/python -m pytest --confcutdir=tests/gpu tests/gpu $(TEST_ARGS)
 
+# The checkout is looked at first, since the rest takes minutes.
+upstream: upstream_source build $(UPSTREAM)/ready  ## run MXNet's own tests on our operators, hours (MXNET_SOURCE=a checkout of v1.9.1)
+	$(UPSTREAM)/bin/python tests/upstream/run.py "$(MXNET_SOURCE)" $(UPSTREAM_ARGS)
+
+upstream_source:
+	@$(PYTHON) tests/upstream/checkout.py "$(MXNET_SOURCE)"
+
+torch_cases: build $(if $(wildcard .venv-torch/bin/python),,torch)  ## run the cases of PyTorch's and Apex's tests against torch, seconds
+	TORCH_CASES_TABLE=out/torch_cases.md $(BIN)/python -m pytest tests/torch_cases $(TEST_ARGS)
+	@cat out/torch_cases.md
+
 torch:  ## put PyTorch (CPU) into .venv-torch, where `make bench` finds it
 	$(PYTHON) -m venv .venv-torch
 	.venv-torch/bin/python -m pip install --quiet torch==2.13.0 "numpy<2.3"
@@ -123,13 +136,18 @@ format: $(VENV)/ready  ## format Python and C++
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist out docs/_build .mypy_cache python/gluon_syncbn/*.so python/*.egg-info
 
-.PHONY: help train finetune segmentation small_batch notebook test build bench gluoncv horovod mpi cu112 emulated torch docs wheel sanitize lint format clean
+.PHONY: help train finetune segmentation small_batch notebook test build bench gluoncv horovod mpi cu112 emulated upstream upstream_source torch_cases torch docs wheel sanitize lint format clean
 
 $(CU112)/ready: requirements.txt tests/helpers/cuda_standins.py
 	$(PYTHON) -m venv $(CU112)
 	$(CU112)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt \
 	  mxnet-cu112==$(MXNET_VERSION) nvidia-cuda-runtime-cu11==11.8.89
 	$(CU112)/bin/python tests/helpers/cuda_standins.py $(CU112)/standins
+	touch $@
+
+$(UPSTREAM)/ready: tests/upstream/requirements.txt Makefile
+	$(PYTHON) -m venv $(UPSTREAM)
+	$(UPSTREAM)/bin/python -m pip install --quiet --disable-pip-version-check -r $< mxnet==$(MXNET_VERSION)
 	touch $@
 
 .venv-notebook/ready: requirements.txt Makefile
