@@ -47,7 +47,7 @@ SELECTED = (
     Selected("unittest/test_executor.py"),
     Selected("unittest/test_multi_device_exec.py", "", "symbols"),
     # AMP
-    Selected("mkl/test_contrib_amp.py", "", "symbols"),
+    Selected("mkl/test_contrib_amp.py", "", "ours"),
     Selected("mkl/test_bf16_operator.py", "", "symbols"),
     Selected("gpu/test_contrib_amp.py", "", "symbols"),
     # visualization
