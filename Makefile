@@ -89,7 +89,7 @@ emulated: build $(CU112)/ready  ## test our GPU side in mxnet-cu112, on emulated
 	  $(CU112)/bin/python -m pytest --confcutdir=tests/gpu tests/gpu $(TEST_ARGS)
 
 # The checkout is looked at first, since the rest takes minutes.
-upstream: upstream_source build $(UPSTREAM)/ready  ## run MXNet's own tests on our operators, hours (MXNET_SOURCE=a checkout of v1.9.1)
+upstream: upstream_source build $(UPSTREAM)/ready  ## run MXNet's own tests on our operators, half an hour (MXNET_SOURCE=a checkout of v1.9.1)
 	$(UPSTREAM)/bin/python tests/upstream/run.py "$(MXNET_SOURCE)" $(UPSTREAM_ARGS)
 
 upstream_source:
