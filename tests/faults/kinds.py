@@ -201,6 +201,7 @@ def fails_in_backward(run, random):
     run.places["end"].fault = lambda x: FailsBackward()(x) if x.context == device else x
     xs, ys = run.batch(len(run.states))
     losses = run.losses(xs, ys)
+    settle()
     short(random)
     try:
         parallel_backward(losses)
@@ -227,6 +228,7 @@ def one_device_runs_no_backward(run, random):
     xs, ys = run.batch(len(run.states))
     losses = run.losses(xs, ys)
     absent = random.choice(run.contexts)
+    settle()
     short(random)
     parallel_backward([loss for loss in losses if loss.context != absent])
     for p in run.net[1].collect_params(".*conv.*weight").values():

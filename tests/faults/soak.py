@@ -88,7 +88,7 @@ def main():
     parser.add_argument("--steps", type=int, default=20000)
     steps = parser.parse_args().steps
     two, one = Training([mx.cpu(0), mx.cpu(1)]), Training([mx.cpu(0)])
-    losses = np.empty((steps, 2))
+    losses = np.ones((steps, 2))  # written, so that its memory is there from the start
     warm = steps // 10
     base, start = None, time.monotonic()
     source = batches(np.random.RandomState(7))

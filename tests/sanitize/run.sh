@@ -31,7 +31,8 @@ stress() {  # name sanitizers
     objects+=("$dir/$loop.o")
   done
   g++ "${flags[@]}" "${defines[@]}" tests/sanitize/kernels_stress.cc \
-    src/operator/kernels/cpu/{batch_norm_kernels,local_batch_norm,weighted_moments,worker_pool}.cc "${objects[@]}" \
+    src/operator/kernels/cpu/{batch_norm,moving_average}_kernels.cc \
+    src/operator/kernels/cpu/{local_batch_norm,weighted_moments,worker_pool}.cc "${objects[@]}" \
     -o "$dir/kernels_stress"
   echo "== $1"
   "$dir/exchange_stress" "$seed"
