@@ -331,8 +331,9 @@ void Step(DataType type, const FeatureShape& shape, std::mt19937* random) {
                                     AnyMode(random), dgamma.data(), AnyMode(random), dbeta.data()});
   Epilogues<T, Parameter>(type, shape, random, of_batch, x.data(), dy.data(), gamma.data(),
                           beta.data(), mean.data(), var.data(), sums.data(), context.data());
-  Renormalized<T, Parameter>(type, shape, random, x.data(), dy.data(), gamma.data(), beta.data());
-  MovingAverage<T, Parameter>(type, shape, random, x.data(), dy.data(), gamma.data(), beta.data());
+  const auto other =
+      (*random)() % 2 == 0 ? Renormalized<T, Parameter> : MovingAverage<T, Parameter>;
+  other(type, shape, random, x.data(), dy.data(), gamma.data(), beta.data());
   if (shape.block == 1) Weighted<T, Parameter>(type, shape, random, x.data(), dy.data());
 }
 
