@@ -127,6 +127,13 @@ properties: build  ## test thousands of random batches, some minutes (SEED=1)
 	seed=$(or $(SEED),$$(date +%s)) && echo "SEED=$$seed" && HYPOTHESIS_PROFILE=many \
 	  $(BIN)/python -m pytest tests/numerics --hypothesis-seed=$$seed $(TEST_ARGS)
 
+faults: build  ## inject faults into training, five minutes (COUNT=1000 SEED=1)
+	PYTHONPATH="$(abspath python):$(abspath tests/helpers)" $(BIN)/python tests/faults/run.py \
+	  $(if $(COUNT),--count $(COUNT)) $(if $(SEED),--seed $(SEED))
+
+soak: build  ## train 20,000 steps: memory, statistics, loss; some minutes (STEPS=20000)
+	PYTHONPATH="$(abspath python)" $(BIN)/python tests/faults/soak.py $(if $(STEPS),--steps $(STEPS))
+
 lint: $(VENV)/ready  ## check formatting, types and common mistakes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -141,7 +148,7 @@ format: $(VENV)/ready  ## format Python and C++
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist out docs/_build .mypy_cache python/gluon_syncbn/*.so python/*.egg-info
 
-.PHONY: help train finetune segmentation small_batch notebook test build bench gluoncv horovod mpi cu112 emulated upstream upstream_source torch_cases torch docs wheel sanitize properties lint format clean
+.PHONY: help train finetune segmentation small_batch notebook test build bench gluoncv horovod mpi cu112 emulated upstream upstream_source torch_cases torch docs wheel sanitize properties faults soak lint format clean
 
 $(CU112)/ready: requirements.txt tests/helpers/cuda_standins.py
 	$(PYTHON) -m venv $(CU112)
