@@ -50,6 +50,8 @@ def KeyBarrierSum(  # noqa: N802: the operator's name
     ------
     TypeError
         If ``data`` is neither an NDArray nor a Symbol, or ``key`` is not a string.
+    ValueError
+        If ``key`` contains a NUL character.
     mxnet.MXNetError
         From the call, for another dtype, an empty key or a number of devices below 1; when the
         result is read, if devices bring different shapes or numbers of devices, or one has not

@@ -14,6 +14,12 @@ from collections import Counter
 from typing import Iterable
 
 
+def check_key(key: str) -> None:
+    """Raise ValueError if a key that a program has chosen would not reach MXNet as it is."""
+    if "\0" in key:
+        raise ValueError(f"key must not contain a NUL character, but is {key[:100]!r}")
+
+
 class Keys:
     """The keys that were given out in this process."""
 
@@ -25,6 +31,7 @@ class Keys:
 
     def of_layer(self, name: str) -> str:
         """Return a key that no layer of this process has had: ``name``, ``name#2``, ..."""
+        name = name.partition("\0")[0]  # where C's strings end
         with self._lock:
             self._layers[name] += 1
             count = self._layers[name]

@@ -14,8 +14,15 @@ GROUP_SIZE = "__group_size__"
 
 
 def group_size_of(attributes: dict) -> int | None:
-    """Return the group size of a node of a graph, or None."""
-    return int(attributes[GROUP_SIZE]) if GROUP_SIZE in attributes else None
+    """Return the group size of a node of a graph, or None; raise ValueError if it is not one."""
+    if GROUP_SIZE not in attributes:
+        return None
+    text = attributes[GROUP_SIZE]
+    if not (text.isdecimal() and len(text) <= 10 and int(text) > 0):
+        raise ValueError(
+            f"{GROUP_SIZE} must be a positive integer, but a node of the graph has {text[:20]!r}"
+        )
+    return int(text)
 
 
 def group_attributes(group_size: int | None) -> dict:

@@ -9,7 +9,7 @@ from mxnet.attribute import AttrScope
 from mxnet.name import NameManager
 
 from . import mxnet_private
-from .keys import KEYS
+from .keys import KEYS, check_key
 from .operators import local_batch_norm, synchronized_batch_norm
 from .sync_batch_norm import checked_num_devices
 
@@ -81,7 +81,8 @@ def SyncBatchNorm(  # noqa: N802: the name of MXNet's
         If ``data`` is not a Symbol, or ``key`` not a string.
     ValueError
         If the number of devices is neither None nor a positive integer, or is given twice with
-        different values; if ``key`` is empty, or ``output_mean_var`` is set.
+        different values; if ``key`` is empty or contains a NUL character, or ``output_mean_var`` is
+        set.
 
     Examples
     --------
@@ -104,6 +105,8 @@ def SyncBatchNorm(  # noqa: N802: the name of MXNet's
         raise TypeError(f"key must be a string, but is a {type(key).__name__}")
     if key == "":
         raise ValueError("key must not be empty; leave it out for one that no other layer has")
+    if key is not None:
+        check_key(key)
     num_devices = _one_number(ndev, num_devices)
 
     name = mxnet_private.operator_name(name, "syncbatchnorm")

@@ -126,3 +126,14 @@ def test_numbers_in_attributes_are_written_as_text():
     graph = Graph(mx.sym.var("x"))
     graph.heads = [(Node("_mul_scalar", "product", {"scalar": 2.5}, [(x, 0)]), 0)]
     np.testing.assert_array_equal(run(graph.symbol(), x=[2]), [[5]])
+
+
+@pytest.mark.parametrize(
+    "text", ["слой 層 🙂", '"\\"', "\n\r\t", "\x01\b\f\x1f\x7f", "\\u0041 \\b \\\\"]
+)
+def test_names_and_attributes_of_any_characters(text):
+    """MXNet's JSON has other escapes than Python's."""
+    sym = mx.sym.var(text) + mx.sym.var("y", __note__=text)
+    again = Graph(sym).symbol()
+    assert again.list_inputs() == sym.list_inputs() == [text, "y"]
+    assert again.attr_dict() == sym.attr_dict()

@@ -34,11 +34,14 @@ def test_any_other_split_and_order(batch, data):
     assert_within(permuted, exact(other), bounds(other))
 
 
-@given(batches(["float32", "float64"], [1e-5]), st.integers(-8, 8))
+@given(batches(["float32", "float64"], [0.0]), st.integers(-30, 30))
 def test_a_power_of_two_changes_no_bit(batch, power):
-    """x and sqrt(epsilon) times 2^k: the same y; dx is divided by it, statistics multiplied."""
+    """x times 2^k: the same y; dx is divided by it, statistics are multiplied.
+
+    With an epsilon of 0, because MXNet reads the decimals of one with an error of a last bit.
+    """
     factor = 2.0**power
-    scaled = Batch(**{**vars(batch), "epsilon": batch.epsilon * factor**2})
+    scaled = Batch(**vars(batch))
     scaled.xs = [(x * factor).astype(x.dtype) for x in batch.xs]
     batch.momentum = scaled.momentum = 0.0
     got, wanted = run(scaled), run(batch)

@@ -8,7 +8,7 @@ python=$1 mxnet=$2 seed=${3:-$RANDOM}
 cd "$(dirname "$0")/../.."
 out=build/sanitize
 mkdir -p $out
-exchange=(src/operator/exchange/key_barrier.cc)
+exchange=(src/operator/exchange/*.cc)
 common=(-std=c++17 -g -fno-sanitize-recover=all -Isrc/operator -fopenmp -pthread)
 
 stress() {  # name sanitizers

@@ -5,10 +5,20 @@ its inputs, so one can replace another, and nodes are numbered again when the sy
 """
 
 import json
+import re
 
 from mxnet import symbol
 
 from ..numpy_arrays import like
+
+
+def _dumps(content):
+    """Write JSON with the escapes that MXNet can read: \\", \\\\, \\n, \\r, \\t."""
+
+    def known(match):
+        return match[0] if match[1] in '"\\nrt' else json.loads(f'"{match[0]}"')
+
+    return re.sub(r"\\(u....|.)", known, json.dumps(content, ensure_ascii=False))
 
 
 class Node:
@@ -59,7 +69,8 @@ class Graph:
 
     def __init__(self, sym, remove_amp_cast=False):
         self._source = sym
-        content = json.loads(sym.tojson(remove_amp_cast=remove_amp_cast))
+        # MXNet writes control characters in names as they are, which JSON does not allow.
+        content = json.loads(sym.tojson(remove_amp_cast=remove_amp_cast), strict=False)
         nodes = []
         for entry in content["nodes"]:
             more = {k: v for k, v in entry.items() if k not in ("op", "name", "attrs", "inputs")}
@@ -146,4 +157,4 @@ class Graph:
             "heads": [[number[id(n)], output, 0] for n, output in self.heads],
             "attrs": self._attrs,
         }
-        return like(symbol.load_json(json.dumps(content)), self._source)
+        return like(symbol.load_json(_dumps(content)), self._source)

@@ -5,7 +5,7 @@ import weakref
 from mxnet.gluon import SymbolBlock
 
 from ..conversion.graph import Graph
-from ..conversion.operator_inputs import states_of
+from ..conversion.operator_inputs import check_operators, states_of
 from ..conversion.rewriting import EXCHANGES
 from ..keys import KEYS
 from ..moving_average import MABN2d
@@ -29,12 +29,25 @@ def adopt_graphs(net):
         if not isinstance(block, SymbolBlock) or block in _adopted:
             continue
         graph = Graph(graph_of(block))
+        check_operators(graph)
         nodes = [node for node in graph.nodes if node.op in EXCHANGES]
-        for node, key in zip(nodes, KEYS.of_graph(node.attrs["key"] for node in nodes)):
+        for node, key in zip(nodes, KEYS.of_graph(_keys_of(nodes))):
             node.attrs["key"] = key
         if nodes:
             set_graph(block, graph.symbol())
         _adopted.add(block)
+
+
+def _keys_of(nodes):
+    """List the keys of a graph's all-reduces, where two layers with one key get two."""
+    owners, keys = {}, []  # owners: key -> the moving mean of its layer, or None for KeyBarrierSum
+    for node in nodes:
+        key = node.attrs["key"]
+        owner = node.inputs[1][0] if node.op == "_syncbn_sum" else None
+        while owners.setdefault(key, owner) is not owner:
+            key += "#"
+        keys.append(key)
+    return keys
 
 
 def _read_graph(block):

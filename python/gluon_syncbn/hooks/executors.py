@@ -30,6 +30,7 @@ from mxnet.executor import Executor
 from mxnet.symbol import Symbol
 
 from ..conversion.graph import Graph
+from ..conversion.operator_inputs import check_operators
 from ..conversion.rewriting import EXCHANGES
 from ..data_parallel import device_threads, random_state
 from ..library import LIBRARY, OPERATORS, check
@@ -149,6 +150,7 @@ def _adapted(bind):
         if not any(f'"{name}"' in content for name in OPERATORS):
             return bind(self, ctx, *args, **kwargs)
         graph = Graph(self)
+        check_operators(graph)
         run = _here
         if ctx.device_type != "gpu" and _has_all_reduces(graph):
             random_state.begin()

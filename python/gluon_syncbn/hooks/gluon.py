@@ -14,10 +14,12 @@ import threading
 import weakref
 
 from mxnet import autograd, context, ndarray
+from mxnet.gluon import SymbolBlock
 
 from .. import mxnet_private, passes, processes
 from ..conversion.fusing import fuse
 from ..conversion.graph import Graph
+from ..conversion.operator_inputs import check_operators
 from ..conversion.rewriting import EXCHANGES
 from ..data_parallel import random_state
 from ..data_parallel.device_threads import in_callers_thread
@@ -197,6 +199,9 @@ def _get_symbol(block, *args):
 
 def _build(block, *args, **kwargs):
     def build():
+        for loaded in blocks_of(block):
+            if isinstance(loaded, SymbolBlock):
+                check_operators(Graph(mxnet_private.graph_of(loaded)))
         _MXNETS.build_graph(block, *args, **kwargs)
         _traces[block] = _Trace(block)
 

@@ -10,9 +10,15 @@ import inspect
 
 from mxnet import ndarray, symbol
 
-from ..keys import KEYS
+from ..keys import KEYS, check_key
 from ..mxnet_private import is_tracing
 from ..passes import ordered_calls
+
+
+def _check(args, kwargs):
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, str):
+            check_key(value)
 
 
 def _numbered(function):
@@ -20,6 +26,7 @@ def _numbered(function):
 
     @functools.wraps(function)
     def key_barrier_sum(*args, **kwargs):
+        _check(args, kwargs)
         bound = signature.bind(*args, **kwargs)
         if "call" not in bound.arguments and is_tracing():
             bound.arguments["call"] = KEYS.next_call(bound.arguments.get("key"))
@@ -31,6 +38,7 @@ def _numbered(function):
 def _ordered(function):
     @functools.wraps(function)
     def key_barrier_sum(*args, **kwargs):
+        _check(args, kwargs)
         with ordered_calls():
             return function(*args, **kwargs)
 

@@ -355,7 +355,11 @@ class SyncBNSumProperty : public BarrierProperty<SyncBNSumProperty> {
   bool InferShape(mxnet::ShapeVector* in, mxnet::ShapeVector* out,
                   mxnet::ShapeVector* aux) const override {
     if (!BarrierProperty::InferShape(in, out, aux)) return false;
-    mxnet::TShape channels(1, static_cast<nnvm::dim_t>((in->at(0).Size() - 1) / 2));
+    const std::size_t size = in->at(0).Size();
+    if (size % 2 == 0) {
+      Raise("SyncBatchNorm: statistics are an odd number of values, but ", size, " were given.");
+    }
+    mxnet::TShape channels(1, static_cast<nnvm::dim_t>(size / 2));
     aux->resize(1);
     Unify(&channels, &aux->at(0), "moving_mean");
     return true;

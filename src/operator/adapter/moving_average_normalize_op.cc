@@ -155,7 +155,9 @@ class MovingAverageNormalizeProperty
                  std::vector<int>* aux) const override {
     out->resize(2, -1);
     aux->resize(3, -1);
-    out->at(kScales) = in->at(kStatistics) = in->at(kBackwardContext) = mshadow::kFloat64;
+    RequireFloat64(&in->at(kStatistics), "statistics");
+    RequireFloat64(&in->at(kBackwardContext), "backward_context");
+    out->at(kScales) = mshadow::kFloat64;
     int& data = in->at(kData);
     Unify(&data, &out->at(kOutput), "data");
     if (data == -1) return false;

@@ -87,8 +87,8 @@ class NormalizeProperty : public BatchNormProperty<NormalizeProperty, NormalizeP
 
   bool InferType(std::vector<int>* in, std::vector<int>* out,
                  std::vector<int>* aux) const override {
-    in->at(kStatistics) = mshadow::kFloat64;
-    in->at(kBackwardContext) = mshadow::kFloat64;
+    RequireFloat64(&in->at(kStatistics), "statistics");
+    RequireFloat64(&in->at(kBackwardContext), "backward_context");
     return BatchNormProperty::InferType(in, out, aux);
   }
 

@@ -123,6 +123,14 @@ inline void Unify(int* a, int* b, const char* what) {
   }
 }
 
+// The type of what operators hand to each other.  A file could give it another one.
+inline void RequireFloat64(int* type, const char* what) {
+  if (*type != -1 && *type != mshadow::kFloat64) {
+    Raise("SyncBatchNorm: ", what, " must be float64, as the operator before computes it.");
+  }
+  *type = mshadow::kFloat64;
+}
+
 inline int VisibleGpus() {
   int gpus = 0;
   return MXGetGPUCount(&gpus) == 0 ? gpus : 0;  // fails without a driver

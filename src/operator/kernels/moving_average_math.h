@@ -38,7 +38,10 @@ struct SlotOf {
 
   GLUON_SYNCBN_ON_ANY_DEVICE SlotOf(const MovingAverages& averages, double iteration)
       : size(averages.buffer_size),
-        slot(static_cast<std::size_t>(iteration) % averages.buffer_size),
+        // A checkpoint could have any number, and NaN.
+        slot(iteration > 0 && iteration < 4.0 * kMaxIterations
+                 ? static_cast<std::size_t>(iteration) % averages.buffer_size
+                 : 0),
         alone(iteration <= static_cast<double>(averages.buffer_size) ||
               iteration < static_cast<double>(averages.warmup_iters)) {}
 
