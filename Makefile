@@ -89,7 +89,7 @@ emulated: build $(CU112)/ready  ## test our GPU side in mxnet-cu112, on emulated
 	  $(CU112)/bin/python -m pytest --confcutdir=tests/gpu tests/gpu $(TEST_ARGS)
 
 # The checkout is looked at first, since the rest takes minutes.
-upstream: upstream_source build $(UPSTREAM)/ready  ## run MXNet's own tests on our operators, hours (MXNET_SOURCE=a checkout of v1.9.1)
+upstream: upstream_source build $(UPSTREAM)/ready  ## run MXNet's own tests on our operators, half an hour (MXNET_SOURCE=a checkout of v1.9.1)
 	$(UPSTREAM)/bin/python tests/upstream/run.py "$(MXNET_SOURCE)" $(UPSTREAM_ARGS)
 
 upstream_source:
@@ -127,6 +127,13 @@ properties: build  ## test thousands of random batches, some minutes (SEED=1)
 	seed=$(or $(SEED),$$(date +%s)) && echo "SEED=$$seed" && HYPOTHESIS_PROFILE=many \
 	  $(BIN)/python -m pytest tests/numerics --hypothesis-seed=$$seed $(TEST_ARGS)
 
+faults: build  ## inject faults into training, five minutes (COUNT=1000 SEED=1)
+	PYTHONPATH="$(abspath python):$(abspath tests/helpers)" $(BIN)/python tests/faults/run.py \
+	  $(if $(COUNT),--count $(COUNT)) $(if $(SEED),--seed $(SEED))
+
+soak: build  ## train 20,000 steps: memory, statistics, loss; some minutes (STEPS=20000)
+	PYTHONPATH="$(abspath python)" $(BIN)/python tests/faults/soak.py $(if $(STEPS),--steps $(STEPS))
+
 lint: $(VENV)/ready  ## check formatting, types and common mistakes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -141,7 +148,7 @@ format: $(VENV)/ready  ## format Python and C++
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist out docs/_build .mypy_cache python/gluon_syncbn/*.so python/*.egg-info
 
-.PHONY: help train finetune segmentation small_batch notebook test build bench gluoncv horovod mpi cu112 emulated upstream upstream_source torch_cases torch docs wheel sanitize properties lint format clean
+.PHONY: help train finetune segmentation small_batch notebook test build bench gluoncv horovod mpi cu112 emulated upstream upstream_source torch_cases torch docs wheel sanitize properties faults soak lint format clean
 
 $(CU112)/ready: requirements.txt tests/helpers/cuda_standins.py
 	$(PYTHON) -m venv $(CU112)

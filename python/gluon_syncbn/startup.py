@@ -18,7 +18,7 @@ def start() -> None:
     close_at_exit()
     connection.refuse_after_fork()
     random_state.watch_seeds()
-    device_threads.forget_threads_after_fork()
+    device_threads.prepare_for_forks()
     key_barrier_sum.install()
     gluon.install()
     executors.install()

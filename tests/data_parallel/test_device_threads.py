@@ -83,6 +83,7 @@ def test_a_forked_child_trains_though_the_parents_locks_were_held():
     """The threads that hold the locks do not exist in the child."""
     script = """
 import os, signal, threading
+import gluon_syncbn
 import mxnet as mx
 from gluon_syncbn import ModelDataParallel, SyncBatchNorm, parallel_backward
 from gluon_syncbn.data_parallel import device_threads
@@ -108,7 +109,9 @@ def hold():
 
 threading.Thread(target=hold).start()
 held.wait()
+gluon_syncbn.set_timeout(1)  # the fork waits no longer for a thread that is in the middle
 child = os.fork()
+gluon_syncbn.set_timeout(60)
 if child == 0:
     signal.alarm(60)
     step()
@@ -119,6 +122,46 @@ step()
 raise SystemExit(status != 0)
 """
     fresh_process.run(script, timeout=200)
+
+
+def test_a_fork_while_another_thread_trains():
+    """It waits until all devices have their parts, which need the interpreter that it stops."""
+    script = """
+import os, threading, time
+import mxnet as mx
+from gluon_syncbn import ModelDataParallel, SyncBatchNorm, parallel_backward
+contexts = [mx.cpu(0), mx.cpu(1)]
+net = SyncBatchNorm(in_channels=1)
+net.initialize(ctx=contexts)
+model = ModelDataParallel(net, contexts)
+xs = [mx.nd.full((1, 1), i, ctx=c) for i, c in enumerate(contexts)]
+steps = 0
+
+def train():
+    global steps
+    while go:
+        with mx.autograd.record():
+            outs = model(xs)
+        parallel_backward(outs)
+        assert [round(float(out.asscalar()), 1) for out in outs] == [-1.0, 1.0]
+        steps += 1
+
+go = True
+thread = threading.Thread(target=train)
+thread.start()
+for _ in range(20):
+    before = steps
+    while steps < before + 3 and thread.is_alive():
+        time.sleep(0.001)
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+go = False
+thread.join()
+print(steps >= 60)
+"""
+    assert fresh_process.run(script, timeout=60).stdout.strip() == "True"
 
 
 def test_run_on_gives_and_raises_what_the_function_does(two):

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "kernels/batch_norm_kernels.h"
+#include "kernels/moving_average_kernels.h"
 #include "kernels/weighted_moments.h"
 
 namespace {
@@ -52,6 +53,12 @@ WriteMode AnyMode(std::mt19937* random) { return static_cast<WriteMode>((*random
 
 void Near(double got, double wanted, const char* what) {
   if (!(std::fabs(got - wanted) <= 1e-9 * (1 + std::fabs(wanted)))) Fail(what);
+}
+
+// Where the i-th element of a channel is.
+std::size_t At(const FeatureShape& shape, std::size_t c, std::size_t i) {
+  const std::size_t first = i / shape.inner * shape.channels + c - c % shape.block;
+  return first * shape.inner + i % shape.inner * shape.block + c % shape.block;
 }
 
 // An activation and a residual in the unsynchronized layer and in the synchronized one's kernels,
@@ -111,6 +118,152 @@ void Weighted(DataType type, const FeatureShape& shape, std::mt19937* random, co
               how);
 }
 
+// Batch renormalization in the synchronized layer's kernels and in the unsynchronized layer, with
+// limits or without: y is what it is by the correction that forward reports.
+template <typename T, typename Parameter>
+void Renormalized(DataType type, const FeatureShape& shape, std::mt19937* random, const T* x,
+                  const T* given_dy, const Parameter* gamma, const Parameter* beta) {
+  const std::size_t channels = shape.channels, size = channels * shape.count();
+  Array<T> y(size, 1), dy(size, 2), dx(size, 3);
+  Array<Parameter> mean(channels, 0), var(channels, 1), renorm_mean(channels, 2);
+  Array<Parameter> renorm_stddev(channels, 0), dgamma(channels, 1), dbeta(channels, 2),
+      batches(1, 0);
+  Array<double> statistics(StatisticsSize(channels), 0), sums(StatisticsSize(channels), 0);
+  Array<double> context(BackwardContextSize(channels), 0), local(LocalStatisticsSize(channels), 0);
+  Array<double> correction(CorrectionSize(channels), 0);
+  std::copy_n(given_dy, size, dy.data());
+  std::fill_n(renorm_stddev.data(), channels, Parameter(2));
+  const Cpu cpu;
+  const double epsilon = 1e-3;
+  NormalizeForwardParams forward{
+      type,        shape,      epsilon,           0.9,     false, x, statistics.data(), gamma, beta,
+      mean.data(), var.data(), WriteMode::kWrite, y.data()};
+  forward.batches = (*random)() % 2 == 0 ? batches.data() : nullptr;
+  const bool limited = (*random)() % 2 == 0;
+  const double none = Renormalization::kNoLimit;
+  forward.renorm = {0.99,
+                    limited ? 0.5 : none,
+                    limited ? 2.0 : none,
+                    limited ? 0.1 : none,
+                    renorm_mean.data(),
+                    renorm_stddev.data(),
+                    correction.data()};
+  for (int steps = 0; steps < 2; ++steps) {
+    Run(cpu, MomentsForwardParams{type, shape, x, nullptr, true, statistics.data()});
+    Run(cpu, forward);
+    if constexpr (std::is_same_v<T, double>) {
+      for (std::size_t c = 0; size > 0 && c < channels; ++c) {
+        const double n = statistics[2 * channels], variance = statistics[channels + c] / n;
+        const double r = correction[2 * c], d = correction[2 * c + 1];
+        if (limited && (r < 0.5 || r > 2.0 || std::fabs(d) > 0.1)) Fail("a limit");
+        for (std::size_t i = 0; i < shape.count(); ++i) {
+          const double hat = (x[At(shape, c, i)] - statistics[c]) / std::sqrt(variance + epsilon);
+          Near(y[At(shape, c, i)], (hat * r + d) * gamma[c] + beta[c], "renormalized y");
+        }
+      }
+    }
+    Run(cpu, NormalizeBackwardParams{type,
+                                     shape,
+                                     epsilon,
+                                     false,
+                                     dy.data(),
+                                     x,
+                                     statistics.data(),
+                                     gamma,
+                                     mean.data(),
+                                     var.data(),
+                                     dy.data(),
+                                     sums.data(),
+                                     context.data(),
+                                     AnyMode(random),
+                                     dgamma.data(),
+                                     AnyMode(random),
+                                     dbeta.data(),
+                                     {},
+                                     correction.data()});
+    Run(cpu, MomentsBackwardParams{type, shape, dy.data(), x, sums.data(), context.data(),
+                                   AnyMode(random), dx.data()});
+  }
+  forward.statistics = nullptr;
+  RunLocal(cpu, forward, local.data());
+  RunLocal(cpu, LocalBackwardParams{type,
+                                    shape,
+                                    epsilon,
+                                    false,
+                                    dy.data(),
+                                    x,
+                                    local.data(),
+                                    gamma,
+                                    mean.data(),
+                                    var.data(),
+                                    AnyMode(random),
+                                    dx.data(),
+                                    AnyMode(random),
+                                    dgamma.data(),
+                                    AnyMode(random),
+                                    dbeta.data(),
+                                    {},
+                                    correction.data()});
+}
+
+// Moving average batch normalization over several iterations: from the first, or from where r is
+// used, or where the count of iterations goes back.
+template <typename T, typename Parameter>
+void MovingAverage(DataType type, const FeatureShape& shape, std::mt19937* random, const T* x,
+                   const T* given_dy, const Parameter* gamma, const Parameter* beta) {
+  const std::size_t channels = shape.channels, size = channels * shape.count();
+  const MovingAverages averages{1 + (*random)() % 4, (*random)() % 4};
+  Array<T> y(size, 1), dy(size, 2), copy(size, 0), dx(size, 3);
+  Array<Parameter> running_var(channels, 1), dgamma(channels, 2), dbeta(channels, 0);
+  Array<Parameter> buffer_x2(averages.buffer_size * channels, 0);
+  Array<Parameter> buffer_gz(averages.buffer_size * channels, 1), iters(1, 0);
+  Array<double> statistics(StatisticsSize(channels), 0), sums(BackwardSumsSize(channels), 0);
+  Array<double> scales(MovingAverageScalesSize(channels), 0);
+  Array<double> context(MovingAverageContextSize(channels), 0);
+  std::copy_n(given_dy, size, dy.data());
+  std::fill_n(running_var.data(), channels, Parameter(1));
+  std::fill_n(buffer_x2.data(), averages.buffer_size * channels, Parameter(1));
+  const double starts[] = {0, 998, 4194302};
+  const double start = starts[(*random)() % 3];
+  iters[0] = static_cast<Parameter>(start);
+  const double epsilon = 1e-3;
+  const Cpu cpu;
+  for (int step = 0; step < 4; ++step) {
+    const bool training = step != 2;  // or without statistics, as in inference
+    const bool in_place = (*random)() % 2 == 0;
+    T* const g = in_place ? dy.data() : copy.data();
+    const WriteMode dx_mode = step == 0 ? WriteMode::kWrite : AnyMode(random);
+    Run(cpu, MomentsForwardParams{type, shape, x, nullptr, training, statistics.data()});
+    Run(cpu,
+        MovingAverageForwardParams{type, shape, averages, epsilon, 0.9, false, x, statistics.data(),
+                                   gamma, beta, running_var.data(), buffer_x2.data(), iters.data(),
+                                   scales.data(), WriteMode::kWrite, y.data()});
+    Run(cpu, MovingAverageSumsParams{type, shape, false, dy.data(), x, statistics.data(), gamma,
+                                     scales.data(), g, sums.data(), context.data(), AnyMode(random),
+                                     dgamma.data(), AnyMode(random), dbeta.data()});
+    Run(cpu, MovingAverageBackwardParams{type, shape, averages, g, x, sums.data(), context.data(),
+                                         buffer_gz.data(), dx_mode, dx.data()});
+    if constexpr (std::is_same_v<T, double>) {
+      for (std::size_t c = 0; step == 0 && start == 0 && size > 0 && c < channels; ++c) {
+        const double n = static_cast<double>(shape.count());
+        double x2 = 0, gz = 0;
+        for (std::size_t i = 0; i < shape.count(); ++i) {
+          x2 += x[At(shape, c, i)] * x[At(shape, c, i)] / n;
+        }
+        const double s = 1 / std::sqrt(x2 + epsilon);
+        for (std::size_t i = 0; i < shape.count(); ++i) {
+          gz += gamma[c] * dy[At(shape, c, i)] * s * x[At(shape, c, i)] / n;
+        }
+        for (std::size_t i = 0; i < shape.count(); ++i) {
+          const double at = x[At(shape, c, i)], grad = gamma[c] * dy[At(shape, c, i)];
+          Near(y[At(shape, c, i)], gamma[c] * s * at + beta[c], "y of a moving average");
+          Near(dx[At(shape, c, i)], s * (grad - s * at * gz), "dx of a moving average");
+        }
+      }
+    }
+  }
+}
+
 template <typename T, typename Parameter>
 void Step(DataType type, const FeatureShape& shape, std::mt19937* random) {
   const std::size_t channels = shape.channels, size = channels * shape.count();
@@ -151,11 +304,7 @@ void Step(DataType type, const FeatureShape& shape, std::mt19937* random) {
   if constexpr (std::is_same_v<T, double>) {
     for (std::size_t c = 0; compute && size > 0 && c < channels; ++c) {
       const double n = static_cast<double>(shape.count());
-      const std::size_t block = shape.block;
-      const auto at = [&](std::size_t i) {
-        const std::size_t first = i / shape.inner * channels + c - c % block;
-        return first * shape.inner + i % shape.inner * block + c % block;
-      };
+      const auto at = [&](std::size_t i) { return At(shape, c, i); };
       double m = 0, v = 0, b = 0, s = 0;
       for (std::size_t i = 0; i < shape.count(); ++i) m += u[at(i)] / n;
       for (std::size_t i = 0; i < shape.count(); ++i) v += (u[at(i)] - m) * (u[at(i)] - m) / n;
@@ -182,6 +331,9 @@ void Step(DataType type, const FeatureShape& shape, std::mt19937* random) {
                                     AnyMode(random), dgamma.data(), AnyMode(random), dbeta.data()});
   Epilogues<T, Parameter>(type, shape, random, of_batch, x.data(), dy.data(), gamma.data(),
                           beta.data(), mean.data(), var.data(), sums.data(), context.data());
+  const auto other =
+      (*random)() % 2 == 0 ? Renormalized<T, Parameter> : MovingAverage<T, Parameter>;
+  other(type, shape, random, x.data(), dy.data(), gamma.data(), beta.data());
   if (shape.block == 1) Weighted<T, Parameter>(type, shape, random, x.data(), dy.data());
 }
 

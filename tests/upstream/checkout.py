@@ -25,7 +25,7 @@ def tests_of(source):
     Raises
     ------
     SystemExit
-        If ``source`` is empty, is no checkout of MXNet 1.9, or lacks one of the files.
+        If ``source`` is empty, is no checkout of version 1.9, or lacks one of the files.
     """
     if not source:
         raise SystemExit(f"MXNET_SOURCE is not set: a checkout of apache/mxnet, v1.9.1; {HOW}")

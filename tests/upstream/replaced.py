@@ -82,7 +82,7 @@ class BatchNorm(SyncBatchNorm):
     ):
         super().__init__(
             in_channels,
-            _number(kwargs.pop("num_devices", None)),
+            _number(None),
             momentum,
             epsilon,
             center,

@@ -14,8 +14,8 @@ import sys
 import unittest
 
 import counting
+import downloads
 import nose
-import weights
 from nose.plugins import Plugin
 
 
@@ -90,7 +90,7 @@ def name_of(test):
 
 def main(file, request, events):
     request = json.loads(pathlib.Path(request).read_text())
-    weights.stand_in()
+    downloads.stand_in()
     counting.watch_graphs()
     if request["replace"]:
         import replaced  # and with it our package, which would change MXNet

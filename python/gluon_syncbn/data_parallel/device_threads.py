@@ -9,6 +9,8 @@ are kept.  docs/architecture.md has the whole story.
 import os
 import queue
 import threading
+import time
+import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +19,7 @@ from mxnet import autograd, context
 from mxnet.util import is_np_array, is_np_shape, np_array, np_shape
 
 from .. import passes
+from ..key_barrier import BARRIER
 from . import random_state
 
 
@@ -26,6 +29,7 @@ class _Threads:
     def __init__(self):
         self.order = threading.RLock()  # all callers reach the devices in one order
         self.gluon = threading.RLock()  # around work that is not safe in several threads
+        self.runs = weakref.WeakSet()
         self._executors = {}  # Context -> an executor of one thread
 
     def submit(self, device, function, *arguments):
@@ -37,17 +41,40 @@ class _Threads:
 
 _threads = _Threads()
 _device_thread = threading.local()
+_forking = threading.local()
 
 
-def forget_threads_after_fork():
-    """Start afresh in every forked child, which has no threads that could release its locks."""
+def _active_runs():
+    return [run for run in list(_threads.runs) if run.is_active()]
 
-    def forget():
+
+def prepare_for_forks():
+    """Fork between runs, and start afresh in every child.
+
+    Within the fork, MXNet waits for everything that is pending, and Python's other threads stand
+    still.  If one of them were running a network, a device could wait there for another whose part
+    has not been called.  A child has no threads that could release its locks.
+    """
+
+    def before():
+        _forking.held = False
+        me, end = threading.get_ident(), time.monotonic() + BARRIER.timeout
+        if random_state.is_device_thread() or any(run.caller == me for run in _active_runs()):
+            return  # from within a run, it would wait for itself
+        _forking.held = _threads.order.acquire(timeout=BARRIER.timeout)  # no other run begins
+        while _active_runs() and time.monotonic() < end:
+            time.sleep(0.0005)
+
+    def in_parent():
+        if _forking.held:
+            _threads.order.release()
+
+    def in_child():
         global _threads
         _threads = _Threads()
 
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=forget)
+        os.register_at_fork(before=before, after_in_parent=in_parent, after_in_child=in_child)
 
 
 class _State:
@@ -150,11 +177,13 @@ class _Run:
         self._requests = deque()  # not yet served
         self._lock = threading.Lock()
         self._given_up = False  # tasks that have not begun never will
+        self.caller = threading.get_ident()
 
     def submit(self, tasks, a_pass):
         state = _State()
         self._tasks = [_Task(*task) for task in tasks]
         with _threads.order:  # or two callers could each wait for a thread that the other has
+            _threads.runs.add(self)
             for task in self._tasks:
                 _threads.submit(task.device, self._in_device_thread, task, state, a_pass)
 
@@ -175,6 +204,10 @@ class _Run:
             _device_thread.run = None
             task.done = True
             self._wake.put(None)
+
+    def is_active(self):
+        """Whether a device is running its part, or will."""
+        return any(not t.done and (t.begun or not self._given_up) for t in self._tasks)
 
     def ask(self, request):
         """Let the caller serve a request of a device's thread."""
