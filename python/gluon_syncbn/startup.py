@@ -6,7 +6,14 @@ called here, once.
 
 from .data_parallel import device_threads, random_state
 from .distributed import connection
-from .hooks import executors, gluon, initial_states, key_barrier_sum, mixed_precision
+from .hooks import (
+    executors,
+    gluon,
+    initial_states,
+    key_barrier_sum,
+    mixed_precision,
+    module_keys,
+)
 from .key_barrier import check_variables, close_at_exit
 from .library import LIBRARY
 
@@ -22,5 +29,6 @@ def start() -> None:
     key_barrier_sum.install()
     gluon.install()
     executors.install()
+    module_keys.install()
     initial_states.install()
     mixed_precision.list_operators()

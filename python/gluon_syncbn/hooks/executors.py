@@ -36,6 +36,7 @@ from ..data_parallel import device_threads, random_state
 from ..library import LIBRARY, OPERATORS, check
 from ..operators import group_size_of
 from ..passes import handles
+from .module_keys import give_own_keys
 
 MIRROR_VARIABLE = "MXNET_BACKWARD_DO_MIRROR"
 _FORCE = "__force_mirroring__"
@@ -155,7 +156,8 @@ def _adapted(bind):
         if ctx.device_type != "gpu" and _has_all_reduces(graph):
             random_state.begin()
             run = functools.partial(device_threads.run_on, ctx)
-        symbol = graph.symbol() if _compute_once(graph) else self
+        renamed, selected = give_own_keys(graph), _compute_once(graph)
+        symbol = graph.symbol() if renamed or selected else self
 
         def bind_it():
             with _mirroring_off():
