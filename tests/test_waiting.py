@@ -8,7 +8,13 @@ import pytest
 from mxnet import autograd, gluon
 
 import fresh_process
-from gluon_syncbn import ModelDataParallel, SyncBatchNorm, barrier_stats, parallel_backward
+from gluon_syncbn import (
+    ModelDataParallel,
+    SyncBatchNorm,
+    barrier_stats,
+    parallel_backward,
+    set_timeout,
+)
 from gluon_syncbn.key_barrier import check_variables
 from held import held
 
@@ -47,6 +53,30 @@ def test_totals_say_who_waited_for_whom(two):
     assert 0.05 <= first.longest <= first.waited - 2 * 0.05
     first, second = stats.devices["cpu(0)"], stats.devices["cpu(1)"]
     assert (first.rounds, first.last, second.rounds, second.last) == (4, 1, 4, 3)
+
+
+def test_a_call_that_waits_for_an_earlier_one_of_its_device(two):
+    set_timeout(0.2)
+    with held(mx.nd.ones(1)) as late:
+        first = SUM(late, key="ticket", num_devices=2)
+        second = SUM(mx.nd.ones(1), key="ticket", num_devices=2)
+        with pytest.raises(mx.MXNetError, match="An earlier call with this key"):
+            second.wait_to_read()
+    with pytest.raises(mx.MXNetError):
+        first.wait_to_read()
+    stats = barrier_stats()
+    assert stats.keys["ticket"].failures == 2
+    assert all(0 <= wait.ended - wait.came < 30 for wait in stats.waits)
+
+
+def test_nobody_is_blamed_for_a_round_that_fails(two):
+    exchange("k", *two)
+    set_timeout(0.5)
+    with pytest.raises(mx.MXNetError):
+        SUM(mx.nd.ones(1, ctx=two[1]), key="k", num_devices=2).wait_to_read()
+    stats = barrier_stats()
+    assert (stats.keys["k"].rounds, stats.keys["k"].failures) == (1, 1)
+    assert stats.devices["cpu(1)"] == (1, 1, stats.devices["cpu(0)"].waited, 0, 0)
 
 
 def test_every_wait_is_there(two):

@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterable
 
 import mxnet as mx
 
-from .library import ARRIVAL_VISITOR, DEVICE_VISITOR, KEY_VISITOR, LIBRARY, check, strings
+from .library import LIBRARY, check, strings
 
 TIMEOUT_VARIABLE = "GLUON_SYNCBN_TIMEOUT"
 LOG_VARIABLE = "GLUON_SYNCBN_LOG"
@@ -85,29 +85,42 @@ class KeyBarrier:
             Past arrivals: key, call, round, backward, succeeded, device, last, came, complete,
             ended.
         """
-        keys: list = []
-        arrivals: list = []
-
-        @KEY_VISITOR
-        def visit_key(key, rounds, failures, elsewhere):
-            keys.append((key.decode(errors="replace"), rounds, failures, elsewhere, {}))
-
-        @DEVICE_VISITOR
-        def visit_device(name, *record):
-            keys[-1][-1][name.decode()] = record
-
-        @ARRIVAL_VISITOR
-        def visit_arrival(key, call, backward, succeeded, number, name, last, *times):
-            names = name.decode(), last.decode()
-            flags = bool(backward), bool(succeeded)
-            arrivals.append((keys[key][0], call, number, *flags, *names, *times))
-
-        check(LIBRARY.BarrierRecords(self._handle, reset, visit_key, visit_device, visit_arrival))
-        return keys, arrivals
+        # No callbacks from the library: they would swallow Ctrl-C.
+        records = LIBRARY.BarrierRecords(self._handle, reset)
+        if not records:
+            raise MemoryError(LIBRARY.LastError().decode())
+        try:
+            return _keys_in(records.contents), _arrivals_in(records.contents)
+        finally:
+            LIBRARY.RecordsFree(records)
 
     def close(self, why: str) -> None:
         """Fail all rounds and every later arrival."""
         check(LIBRARY.BarrierClose(self._handle, why.encode()))
+
+
+def _text(encoded):
+    return encoded.decode(errors="replace")
+
+
+def _keys_in(records):
+    keys, first = [], 0
+    for row in records.keys[: records.num_keys]:
+        devices = records.devices[first : first + row.num_devices]
+        first += row.num_devices
+        by_name = {_text(d.name): (d.rounds, d.last, d.held, d.waited, d.longest) for d in devices}
+        keys.append((_text(row.key), row.rounds, row.failures, row.elsewhere, by_name))
+    return keys
+
+
+def _arrivals_in(records):
+    return [
+        (
+            *(_text(row.key), row.call, row.round, bool(row.backward), bool(row.succeeded)),
+            *(_text(row.name), _text(row.last), row.came, row.complete, row.ended),
+        )
+        for row in records.arrivals[: records.num_arrivals]
+    ]
 
 
 BARRIER = KeyBarrier()
@@ -120,8 +133,9 @@ def check_variables() -> None:
     path = os.environ.get(LOG_VARIABLE)
     if path and path != "stderr":
         try:
-            with open(path, "a"):
-                pass
+            # O_NONBLOCK: a pipe that nobody reads is an error, not a hang.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK
+            os.close(os.open(path, flags, 0o666))
         except OSError as error:
             raise ValueError(
                 f'the environment variable {LOG_VARIABLE} must be "stderr" or the path of a file '

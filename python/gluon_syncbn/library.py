@@ -35,32 +35,64 @@ DONE = ctypes.CFUNCTYPE(
     ctypes.c_char_p,
 )
 
-# Of BarrierRecords; see src/operator/library.cc
-KEY_VISITOR = ctypes.CFUNCTYPE(
-    None, ctypes.c_char_p, ctypes.c_ulonglong, ctypes.c_ulonglong, ctypes.c_double
-)
-DEVICE_VISITOR = ctypes.CFUNCTYPE(
-    None,
-    ctypes.c_char_p,
-    ctypes.c_ulonglong,
-    ctypes.c_ulonglong,
-    ctypes.c_double,
-    ctypes.c_double,
-    ctypes.c_double,
-)
-ARRIVAL_VISITOR = ctypes.CFUNCTYPE(
-    None,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_ulonglong,
-    ctypes.c_char_p,
-    ctypes.c_char_p,
-    ctypes.c_double,
-    ctypes.c_double,
-    ctypes.c_double,
-)
+
+def _fields(**types: Any) -> list:
+    return list(types.items())
+
+
+class KeyRow(ctypes.Structure):
+    """Of BarrierRecords, as the next three; see ``src/operator/library.cc``."""
+
+    _fields_ = _fields(
+        key=ctypes.c_char_p,
+        rounds=ctypes.c_ulonglong,
+        failures=ctypes.c_ulonglong,
+        elsewhere=ctypes.c_double,
+        num_devices=ctypes.c_int,
+    )
+
+
+class DeviceRow(ctypes.Structure):
+    """One device under a key."""
+
+    _fields_ = _fields(
+        name=ctypes.c_char_p,
+        rounds=ctypes.c_ulonglong,
+        last=ctypes.c_ulonglong,
+        held=ctypes.c_double,
+        waited=ctypes.c_double,
+        longest=ctypes.c_double,
+    )
+
+
+class ArrivalRow(ctypes.Structure):
+    """One past arrival."""
+
+    _fields_ = _fields(
+        key=ctypes.c_char_p,
+        round=ctypes.c_ulonglong,
+        name=ctypes.c_char_p,
+        last=ctypes.c_char_p,
+        came=ctypes.c_double,
+        complete=ctypes.c_double,
+        ended=ctypes.c_double,
+        call=ctypes.c_int,
+        backward=ctypes.c_int,
+        succeeded=ctypes.c_int,
+    )
+
+
+class Records(ctypes.Structure):
+    """Keys, their devices, and past arrivals."""
+
+    _fields_ = _fields(
+        keys=ctypes.POINTER(KeyRow),
+        devices=ctypes.POINTER(DeviceRow),
+        arrivals=ctypes.POINTER(ArrivalRow),
+        num_keys=ctypes.c_int,
+        num_arrivals=ctypes.c_int,
+    )
+
 
 _STRINGS = ctypes.POINTER(ctypes.c_char_p)
 _HANDLES = ctypes.POINTER(ctypes.c_void_p)
@@ -103,10 +135,8 @@ _SIGNATURES = {
     "BarrierSetTimeout": (None, [ctypes.c_void_p, ctypes.c_double]),
     "BarrierTimeout": (ctypes.c_double, [ctypes.c_void_p]),
     "BarrierFailures": (ctypes.c_ulonglong, [ctypes.c_void_p, _STRINGS, ctypes.c_int]),
-    "BarrierRecords": (
-        ctypes.c_int,
-        [ctypes.c_void_p, ctypes.c_int, KEY_VISITOR, DEVICE_VISITOR, ARRIVAL_VISITOR],
-    ),
+    "BarrierRecords": (ctypes.POINTER(Records), [ctypes.c_void_p, ctypes.c_int]),
+    "RecordsFree": (None, [ctypes.POINTER(Records)]),
     "BeginPass": (
         ctypes.c_int,
         [_STRINGS, ctypes.c_int, _HANDLES, ctypes.c_int, ctypes.c_ulonglong, ctypes.c_int],

@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import Dict, List, NamedTuple
 
 from .key_barrier import BARRIER
-from .waiting_chart import draw
+from .waiting_chart import by_number, draw
 from .waiting_trace import add_events
 
 RESULTS = ["BarrierStats", "DeviceStats", "KeyStats", "Wait"]  # what users get
@@ -15,12 +15,12 @@ _KEYS_IN_TABLE = 20
 
 
 class DeviceStats(NamedTuple):
-    """One device, in the rounds of one key or of all.
+    """One device, in the rounds of one key or of all that succeeded.
 
     Attributes
     ----------
     rounds : int
-        To how many rounds it came.
+        To how many of these rounds it came.
     last : int
         To how many of them it came last.
     held : float
@@ -71,7 +71,7 @@ class Wait(NamedTuple):
     succeeded : bool
         Whether the round succeeded.
     device, last : str
-        Who waited, and who came last.
+        Who waited, and who came last; if the round failed, the last of those who came.
     came, complete, ended : float
         Seconds of ``time.monotonic()``: when the device came, when the last one did, and when the
         result was there, which is later if other processes took part.
@@ -119,7 +119,7 @@ class BarrierStats:
                 sum(d.waited for d in of_keys),
                 max(d.longest for d in of_keys),
             )
-            for name, of_keys in sorted(found.items())
+            for name, of_keys in sorted(found.items(), key=lambda item: by_number(item[0]))
         }
 
     def __str__(self) -> str:

@@ -15,11 +15,15 @@ def draw(waits: list, filename: Any) -> None:
         raise ValueError("there is nothing to draw: no round has ended yet")
     try:
         # Not pyplot, which would choose a backend for the whole program.
+        from matplotlib.colors import hsv_to_rgb
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(f"plot draws with matplotlib: pip install matplotlib ({error})") from None
-    devices = sorted({w.device for w in waits} | {w.last for w in waits})
-    colors = {device: f"C{i % 10}" for i, device in enumerate(devices)}
+    devices = sorted({w.device for w in waits} | {w.last for w in waits}, key=by_number)
+    colors = {
+        device: f"C{i}" if len(devices) <= 10 else hsv_to_rgb((i / len(devices), 0.8, 0.9))
+        for i, device in enumerate(devices)
+    }
     keys = _seconds_by_key(waits)
     figure = Figure(figsize=(11, 1.8 + 0.45 * len(devices) + 0.28 * len(keys)), dpi=120)
     over_time, by_key = figure.subplots(
@@ -29,6 +33,11 @@ def draw(waits: list, filename: Any) -> None:
     _draw_keys(by_key, keys, devices, colors)
     figure.tight_layout()
     figure.savefig(filename)
+
+
+def by_number(device: str) -> tuple:
+    """Return what sorts cpu(2) before cpu(10)."""
+    return len(device), device
 
 
 def _draw_time(axes, waits, devices, colors):
@@ -63,6 +72,8 @@ def _seconds_by_key(waits):
     """Seconds waited by key, the longest first, and in it by the device waited for."""
     found = defaultdict(lambda: defaultdict(float))
     for w in waits:
+        if not w.succeeded:
+            continue  # nobody knows whom it waited for
         found[w.key][w.last] += w.complete - w.came
     longest = sorted(found, key=lambda key: -sum(found[key].values()))
     return {key: found[key] for key in longest[:_KEYS]}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from typing import Any
 
@@ -30,10 +31,17 @@ def add_events(waits: list, filename: Any) -> None:
             ) from None
         trace["traceEvents"] = others
     trace["traceEvents"] += _events(waits)
-    new = f"{os.fspath(filename)}.new"
-    with open(new, "w", encoding="utf-8") as file:
-        json.dump(trace, file)
-    os.replace(new, filename)  # nobody sees half a file
+    target = os.path.realpath(filename)  # where a link leads
+    new = f"{target}.new"
+    try:
+        with open(new, "w", encoding="utf-8") as file:
+            json.dump(trace, file)
+        if os.path.exists(target):
+            shutil.copymode(target, new)
+        os.replace(new, target)  # nobody sees half a file
+    finally:
+        if os.path.exists(new):
+            os.remove(new)
 
 
 def _events(waits):
@@ -57,7 +65,7 @@ def _events(waits):
                 "args": {
                     "direction": "backward" if wait.backward else "forward",
                     "came last": wait.last,
-                    "waited for it, in ms": 1e3 * (wait.complete - wait.came),
+                    "waited, in ms": 1e3 * (wait.complete - wait.came),
                     "waited for other processes, in ms": 1e3 * (wait.ended - wait.complete),
                     "round": wait.round,
                     "call": wait.call,

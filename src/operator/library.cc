@@ -4,7 +4,6 @@
 #include <chrono>
 #include <cstdint>
 #include <exception>
-#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -186,43 +185,88 @@ GLUON_SYNCBN_API int GluonSyncBNBarrierRefuse(Barrier barrier, const char* const
   });
 }
 
-// What happened so far, or since the last time with `reset` (round_records.h).  Each key is
-// followed by its devices; then come the past arrivals, whose keys are numbered in that order.
-// Times are seconds of std::chrono::steady_clock.
-using KeyVisitor = void (*)(const char* key, unsigned long long rounds, unsigned long long failures,
-                            double elsewhere);
-using DeviceVisitor = void (*)(const char* name, unsigned long long rounds, unsigned long long last,
-                               double held, double waited, double longest);
-using ArrivalVisitor = void (*)(int key, int call, int backward, int succeeded,
-                                unsigned long long round, const char* name, const char* last,
-                                double came, double complete, double ended);
+// What happened so far, or since the last time with `reset` (round_records.h), as arrays.  The
+// devices are those of the first key, then those of the second, and so on.  Times are seconds of
+// std::chrono::steady_clock.  Strings are valid until the records are freed.
+struct KeyRow {
+  const char* key;
+  unsigned long long rounds, failures;
+  double elsewhere;
+  int num_devices;
+};
+struct DeviceRow {
+  const char* name;
+  unsigned long long rounds, last;
+  double held, waited, longest;
+};
+struct ArrivalRow {
+  const char* key;
+  unsigned long long round;
+  const char *name, *last;
+  double came, complete, ended;
+  int call, backward, succeeded;
+};
+struct Records {
+  const KeyRow* keys;
+  const DeviceRow* devices;
+  const ArrivalRow* arrivals;
+  int num_keys, num_arrivals;
+};
 
-GLUON_SYNCBN_API int GluonSyncBNBarrierRecords(Barrier barrier, int reset, KeyVisitor visit_key,
-                                               DeviceVisitor visit_device,
-                                               ArrivalVisitor visit_arrival) {
-  return Guarded([=] {
-    const auto records = Get(barrier).Records(reset != 0);
-    const auto name = [&](std::uint64_t participant) {
-      return records.names.at(participant).c_str();
+namespace gluon_syncbn {
+namespace {
+
+struct OwnedRecords : Records {
+  explicit OwnedRecords(RoundRecords::Copy records) : copy_(std::move(records)) {
+    const auto name = [this](std::uint64_t participant) {
+      return copy_.names.at(participant).c_str();
     };
-    std::map<std::string, int> numbers;
-    for (const auto& record : records.keys) {
-      numbers.emplace(record.key, static_cast<int>(numbers.size()));
-      visit_key(record.key.c_str(), record.rounds, record.failures, record.elsewhere);
-      for (const auto& [participant, device] : record.devices) {
-        visit_device(name(participant), device.rounds, device.last, device.held, device.waited,
-                     device.longest);
-      }
-    }
-    const auto seconds = [](gluon_syncbn::Clock::time_point time) {
+    const auto seconds = [](Clock::time_point time) {
       return std::chrono::duration<double>(time.time_since_epoch()).count();
     };
-    for (const auto& past : records.past) {
-      visit_arrival(numbers.at(past.key->key), past.call, past.backward, past.succeeded, past.round,
-                    name(past.participant), name(past.last), seconds(past.came),
-                    seconds(past.complete), seconds(past.ended));
+    for (const auto& key : copy_.keys) {
+      key_rows_.push_back({key.key.c_str(), key.rounds, key.failures, key.elsewhere,
+                           static_cast<int>(key.devices.size())});
+      for (const auto& [participant, device] : key.devices) {
+        device_rows_.push_back({name(participant), device.rounds, device.last, device.held,
+                                device.waited, device.longest});
+      }
     }
+    for (const auto& past : copy_.past) {
+      arrival_rows_.push_back({past.key->key.c_str(), past.round, name(past.participant),
+                               name(past.last), seconds(past.came), seconds(past.complete),
+                               seconds(past.ended), past.call, past.backward, past.succeeded});
+    }
+    keys = key_rows_.data();
+    devices = device_rows_.data();
+    arrivals = arrival_rows_.data();
+    num_keys = static_cast<int>(key_rows_.size());
+    num_arrivals = static_cast<int>(arrival_rows_.size());
+  }
+
+ private:
+  RoundRecords::Copy copy_;  // has the strings
+  std::vector<KeyRow> key_rows_;
+  std::vector<DeviceRow> device_rows_;
+  std::vector<ArrivalRow> arrival_rows_;
+};
+
+}  // namespace
+}  // namespace gluon_syncbn
+
+// Null if there is no memory.
+GLUON_SYNCBN_API const Records* GluonSyncBNBarrierRecords(Barrier barrier, int reset) {
+  const Records* records = nullptr;
+  Guarded([&] {
+    auto copy = Get(barrier).Records(reset != 0);
+    records = std::make_unique<gluon_syncbn::OwnedRecords>(std::move(copy)).release();
   });
+  return records;
+}
+
+GLUON_SYNCBN_API void GluonSyncBNRecordsFree(const Records* records) {
+  const std::unique_ptr<const gluon_syncbn::OwnedRecords> owned(
+      static_cast<const gluon_syncbn::OwnedRecords*>(records));
 }
 
 // The following functions use the barrier of the process; arrays are MXNet's NDArrayHandles.

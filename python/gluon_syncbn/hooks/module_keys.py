@@ -2,7 +2,7 @@
 
 While a Module binds its executors, one per context, the keys of all-reduces among just those
 contexts get names that no other Module has.  A key with another ``num_devices`` stays as it is:
-others are meant to meet there.
+others are meant to meet there.  (0 stands for all GPUs.)
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def give_own_keys(graph: Graph) -> bool:
     nodes = [
         node
         for node in graph.nodes
-        if node.op in EXCHANGES and node.attrs.get("num_devices") == str(contexts)
+        if node.op in EXCHANGES and node.attrs.get("num_devices", "0") in ("0", str(contexts))
     ]
     names = _binding.keys  # filled for the first context
     new = dict.fromkeys(node.attrs["key"] for node in nodes if node.attrs["key"] not in names)

@@ -7,6 +7,7 @@
 // Both return at once, and complete when their round does.  MXNet runs them in whichever thread
 // finds them ready, so they do little: they send a small array to the barrier and write the result.
 #include <algorithm>
+#include <atomic>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -66,22 +67,27 @@ std::string Advice(Cause cause) {
       "for a longer deadline, set GLUON_SYNCBN_TIMEOUT or call gluon_syncbn.set_timeout.";
   switch (cause) {
     case Cause::kOneSender:
-      return "On CPU contexts this can deadlock, because they share temporary space within a "
-             "thread. Call the network through ModelDataParallel and take gradients with "
-             "parallel_backward, which use a thread per device (or start with "
-             "MXNET_CPU_TEMP_COPY=1000 in the environment, which costs memory).";
+      return "CPU contexts of one thread can deadlock, because they share temporary space. Call "
+             "the network through ModelDataParallel and take gradients with parallel_backward, "
+             "which use a thread per device (or start with MXNET_CPU_TEMP_COPY=1000 in the "
+             "environment, which costs memory). If it is only slow: " +
+             longer;
     case Cause::kDifferentKeys:
-      return "Let all devices use one network, initialized with ctx=ctx_list, not one network "
-             "each; and give a KeyBarrierSum the same key on every device.";
+      return "If that is meant to be one layer: let all devices use one network, initialized with "
+             "ctx=ctx_list, not one network each; and give a KeyBarrierSum the same key on every "
+             "device.";
     case Cause::kDifferentPaths:
       return "In a step, every device must run the same layers: let no branch depend on the device "
              "or on its data.";
     case Cause::kNoBackward:
       return "Give the losses of all devices to one call of parallel_backward. "
-             "(autograd.backward runs them in one thread, which can deadlock on CPU contexts.)";
+             "(autograd.backward runs them in one thread, which can deadlock on CPU contexts.) If "
+             "that is so: " +
+             longer;
     case Cause::kTooFew:
       return "Set num_devices to the number of devices that run this layer; or leave it out, and "
-             "call the network through ModelDataParallel.";
+             "call the network through ModelDataParallel. If the others are only slow: " +
+             longer;
     case Cause::kNotThisKey:
       return "Run this layer on them as well, or set num_devices to the number of devices that "
              "run it.";
@@ -169,8 +175,9 @@ class KeyBarrierSumOp : public mxnet::Operator {
   // The thread that calls.  GPUs have temporary space of their own, so those of one thread do not
   // wait for each other.
   std::uint64_t Sender() const {
-    const std::hash<std::thread::id> number;
-    return kind_ == std::string("gpu") ? participant_ : number(std::this_thread::get_id());
+    static std::atomic<std::uint64_t> threads{0};
+    static thread_local const std::uint64_t number = ++threads;  // the system's ids are used again
+    return kind_ == std::string("gpu") ? participant_ : number;
   }
 
   bool ForLayer() const { return merge_ == Merge::kMoments; }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <map>
 #include <set>
 #include <sstream>
 #include <string>
@@ -29,16 +30,16 @@ class Case {
       : e_(evidence),
         first_(evidence.round.present.front().arrival),
         present_(ParticipantsOf(evidence.round)) {
+    const auto count = static_cast<std::size_t>(e_.round.num_devices);
     if (first_.backward) {
       expected_ = Set(e_.past.ParticipantsOf(first_.phase));
     } else {
       expected_ = Set(e_.announced);
-      if (expected_.size() < static_cast<std::size_t>(e_.round.num_devices)) {
-        for (const auto participant : e_.past.CameTo(first_.key)) expected_.insert(participant);
-        for (const auto& participant_and_call : e_.calls) {
-          expected_.insert(participant_and_call.first);
-        }
-      }
+      Participants known = Set(e_.past.CameTo(first_.key));
+      for (const auto& participant_and_call : e_.calls) known.insert(participant_and_call.first);
+      // Of a pass, some may not be expected: those without input, or of other groups.
+      const bool all_are = !InPass() || known.size() == count;
+      if (expected_.size() < count && all_are) expected_.insert(known.begin(), known.end());
     }
     std::set_difference(expected_.begin(), expected_.end(), present_.begin(), present_.end(),
                         std::inserter(missing_, missing_.end()));
@@ -91,9 +92,9 @@ class Case {
       for (const std::uint64_t present : present_) {
         const auto other = e_.calls.find(present);
         if (other == e_.calls.end() || other->second.sender != call->second.sender) continue;
-        return {Cause::kOneSender, "One thread ran " + Names({present, missing}) +
-                                       ", which wait for each other; " + Name(missing) +
-                                       " has been called here and could not run yet."};
+        return {Cause::kOneSender, "One thread ran " + Names({present, missing}) + "; " +
+                                       Name(missing) +
+                                       " has been called here and has not run yet."};
       }
     }
     return {};
@@ -111,7 +112,7 @@ class Case {
       const bool alike =
           other->num_devices == e_.round.num_devices && there.values.size() == first_.values.size();
       std::ostringstream os;
-      if (never_met && alike && there.key != first_.key) {
+      if (!InPass() && never_met && alike && there.key != first_.key) {
         os << Names(waiting) << One(waiting, " waits", " wait") << " under key '" << there.key
            << "' and " << Names(present_) << " under key '" << first_.key
            << "', and neither key has ever met.";
@@ -140,7 +141,7 @@ class Case {
   Diagnosis Unexpected() const {
     if (!missing_.empty() || first_.backward) return {};
     std::ostringstream os;
-    if (first_.pass != 0) {  // whose number of devices is not the user's
+    if (InPass()) {  // whose number of devices is not the user's
       os << "Of the " << e_.round.num_devices << " devices of this step, only " << Names(present_)
          << One(present_, " has", " have") << " come to any exchange.";
       return {Cause::kStopped, os.str()};
@@ -171,7 +172,8 @@ class Case {
     const Latest latest = LatestOf(slowest);
     std::ostringstream os;
     os << Name(slowest);
-    if (latest.failed && *latest.key == first_.key && latest.backward == first_.backward) {
+    if (!InPass() && latest.failed && *latest.key == first_.key && !first_.backward &&
+        !latest.backward && !Meet(Set(e_.past.ParticipantsOf(latest.round)), present_)) {
       os << " waited in this exchange until that failed, " << Seconds(e_.now - latest.ended)
          << " ago, and " << Names(present_) << " came only after it.";
       return {Cause::kLate, os.str()};
@@ -182,16 +184,26 @@ class Case {
       os << " came last to the " << Direction(latest.backward) << " exchange of "
          << Key(*latest.key) << ", " << Seconds(e_.now - latest.came) << " ago";
     }
-    const auto ahead = std::count_if(e_.open.begin(), e_.open.end(), [this](const Round* round) {
-      return SameUse(round->present.front().arrival);
-    });
-    if (ahead > 1) {
-      os << "; " << Names(present_) << One(present_, " is ", " are ") << ahead
+    std::map<std::uint64_t, int> rounds;  // of this use to which each has come
+    int most = 0;
+    for (const Round* round : e_.open) {
+      if (!SameUse(round->present.front().arrival)) continue;
+      for (const std::uint64_t one : ParticipantsOf(*round)) most = std::max(most, ++rounds[one]);
+    }
+    Participants ahead;
+    for (const auto& one_and_rounds : rounds) {
+      if (one_and_rounds.second == most) ahead.insert(one_and_rounds.first);
+    }
+    if (most > 1) {
+      os << "; " << Names(ahead) << One(ahead, " is ", " are ") << most
          << " rounds of this key ahead of it";
     }
     os << '.';
     return {latest.came >= e_.round.opened ? Cause::kSlow : Cause::kStopped, os.str()};
   }
+
+  // The rounds of a pass are between its devices; a KeyBarrierSum's are between any.
+  bool InPass() const { return first_.phase != 0; }
 
   bool SameUse(const Arrival& other) const {
     return other.key == first_.key && other.call == first_.call &&
@@ -217,6 +229,7 @@ class Case {
     const std::string* key = nullptr;
     bool backward = false;
     bool failed = false;
+    std::uint64_t round = 0;
     Clock::time_point came = Clock::time_point::min();
     Clock::time_point ended{};
   };
@@ -224,12 +237,13 @@ class Case {
   Latest LatestOf(std::uint64_t participant) const {
     Latest latest;
     if (const PastArrival* const past = e_.past.LatestOf(participant)) {
-      latest = {&past->key->key, past->backward, !past->succeeded, past->came, past->ended};
+      latest = {&past->key->key, past->backward, !past->succeeded,
+                past->round,     past->came,     past->ended};
     }
     for (const Round* round : e_.open) {
       for (const Present& p : round->present) {
         if (p.arrival.participant == participant && p.came > latest.came) {
-          latest = {&p.arrival.key, p.arrival.backward, false, p.came, {}};
+          latest = {&p.arrival.key, p.arrival.backward, false, round->id, p.came, {}};
         }
       }
     }

@@ -18,7 +18,7 @@ std::chrono::steady_clock::duration Seconds(double seconds) {
       std::chrono::duration<double>(std::min(1e9, std::max(1e-3, seconds))));
 }
 
-// No arrival of an earlier pass is still to come, or to an earlier round that failed.
+// No arrival of an earlier pass is still to come.
 constexpr std::size_t kRemembered = 4096;
 
 struct Contradiction {
@@ -198,7 +198,10 @@ void KeyBarrier::Join(Present present, const std::string& failed, Ended* ended) 
           ? Contradiction()
           : FindContradiction(round->present.front().arrival, round->num_devices, arrival);
   round->present.push_back(std::move(present));
-  if (!failed.empty() || contradiction.failure != Failure::kNone) {
+  if (!failed.empty() && round->present.size() == 1) {  // counted before
+    NoteMissed(*round, failed, round->present.front().came);
+    rounds.erase(round);
+  } else if (!failed.empty() || contradiction.failure != Failure::kNone) {
     std::string error =
         failed.empty() ? Describe(round->present.front().arrival) + contradiction.message : failed;
     ended->failed.push_back(
@@ -377,6 +380,7 @@ std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
                               " An earlier call with this key on " + waiting->present.arrival.name +
                               " has not run yet.";
     Round round{0, waiting->present.arrival.num_devices, waiting->since, {}};
+    waiting->present.came = waiting->since;
     round.present.push_back(waiting->present);
     waiting->failed = error;
     waiting->present.arrival.values.clear();
@@ -447,13 +451,34 @@ Clock::time_point KeyBarrier::NoteCall(const std::string& key, std::uint64_t par
   return now;
 }
 
-// The lock is held.
-Diagnosis KeyBarrier::DiagnosisOf(const Round& round, Clock::time_point now) const {
-  const Arrival& first = round.present.front().arrival;
+// Of the rounds whose deadline has passed, by id.  Rounds of one use have one cause.  The lock is
+// held, so there are not very many.
+std::map<std::uint64_t, Diagnosis> KeyBarrier::DiagnosesOfLate(Clock::time_point now) const {
+  constexpr std::size_t kUses = 64;
   std::vector<const Round*> open;
   for (const auto& phase_and_rounds : open_) {
-    for (const Round& other : phase_and_rounds.second) open.push_back(&other);
+    for (const Round& round : phase_and_rounds.second) open.push_back(&round);
   }
+  std::map<std::uint64_t, Diagnosis> diagnoses;
+  std::map<std::tuple<std::string, int, bool, std::uint64_t>, Diagnosis> by_use;
+  for (const Round* round : open) {
+    if (now - round->opened < timeout_) continue;
+    const Arrival& first = round->present.front().arrival;
+    const auto use = std::make_tuple(first.key, first.call, first.backward, first.pass);
+    auto known = by_use.find(use);
+    if (known == by_use.end()) {
+      if (by_use.size() == kUses) continue;
+      known = by_use.emplace(use, DiagnosisOf(*round, open, now)).first;
+    }
+    diagnoses[round->id] = known->second;
+  }
+  return diagnoses;
+}
+
+// The lock is held.
+Diagnosis KeyBarrier::DiagnosisOf(const Round& round, const std::vector<const Round*>& open,
+                                  Clock::time_point now) const {
+  const Arrival& first = round.present.front().arrival;
   std::vector<std::uint64_t> announced;
   for (const auto& key_and_notes : notes_) {
     for (const auto& participant_and_pass : key_and_notes.second.passes) {
@@ -469,14 +494,19 @@ Diagnosis KeyBarrier::DiagnosisOf(const Round& round, Clock::time_point now) con
 }
 
 // The lock is held.
+void KeyBarrier::NoteMissed(const Round& round, const std::string& error, Clock::time_point now) {
+  const Arrival& first = round.present.front().arrival;
+  if (round.id == 0 || first.backward || first.phase != 0) return;
+  if (static_cast<int>(round.present.size()) >= round.num_devices) return;
+  missed_.Add({first.key, first.call}, round, error, now);
+}
+
+// The lock is held.
 KeyBarrier::FailedRound KeyBarrier::CountedFailure(Round round, std::string error,
                                                    Failure failure) {
   const Clock::time_point now = Clock::now();
+  NoteMissed(round, error, now);
   const Arrival& first = round.present.front().arrival;
-  if (round.id != 0 && !first.backward && first.phase == 0 &&
-      static_cast<int>(round.present.size()) < round.num_devices) {
-    missed_.Add({first.key, first.call}, round, error, now);
-  }
   KeyNotes& notes = notes_[first.key];
   ++failures_;
   ++notes.failures;
@@ -574,19 +604,15 @@ void KeyBarrier::Watch() {
     std::ostringstream why;
     why << "not every device came within " << std::chrono::duration<double>(timeout_).count()
         << " s.";
-    std::map<std::uint64_t, Diagnosis> diagnoses;  // by round; each one's cause may be another
-    for (const auto& phase_and_rounds : open_) {
-      for (const Round& round : phase_and_rounds.second) {
-        if (now - round.opened >= timeout_) diagnoses[round.id] = DiagnosisOf(round, now);
-      }
-    }
+    const auto diagnoses = DiagnosesOfLate(now);
     Ended ended;
     ended.failed =
         TakeRounds([&](const Arrival&, Clock::time_point since) { return now - since >= timeout_; },
                    why.str());
     for (auto& f : ended.failed) {
       f.failure = Failure::kDeadline;
-      f.diagnosis = diagnoses[f.round.id];
+      const auto diagnosis = diagnoses.find(f.round.id);
+      if (diagnosis != diagnoses.end()) f.diagnosis = diagnosis->second;
     }
     Advance(Clock::now(),
             &ended);  // arrivals that waited for the tickets of those that have just failed

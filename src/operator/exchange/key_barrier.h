@@ -154,7 +154,10 @@ class KeyBarrier {
   void Fail(std::vector<FailedRound> failed) const;
   FailedRound CountedFailure(Round round, std::string error, Failure failure = Failure::kOther);
   std::shared_ptr<Transport> TransportOf(const std::string& key) const;
-  Diagnosis DiagnosisOf(const Round& round, Clock::time_point now) const;
+  void NoteMissed(const Round& round, const std::string& error, Clock::time_point now);
+  std::map<std::uint64_t, Diagnosis> DiagnosesOfLate(Clock::time_point now) const;
+  Diagnosis DiagnosisOf(const Round& round, const std::vector<const Round*>& open,
+                        Clock::time_point now) const;
   static std::string Describe(const Arrival& first);
   template <typename Predicate>
   std::vector<FailedRound> TakeRounds(Predicate predicate, const std::string& why);

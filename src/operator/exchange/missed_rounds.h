@@ -20,40 +20,44 @@ class MissedRounds {
   using Use = std::pair<std::string, int>;  // key, call
 
   void Add(const Use& use, const Round& round, const std::string& error, Clock::time_point now) {
-    auto& rounds = missed_[use];
-    Missed& missed = rounds[round.id];
+    OfUse& of_use = uses_[use];
+    Missed& missed = of_use.rounds[round.id];
     missed = {now, round.num_devices, {}, error};
     for (const Present& p : round.present) missed.came.insert(p.arrival.participant);
-    if (rounds.size() > kRemembered) rounds.erase(rounds.begin());
+    if (of_use.rounds.size() > kRemembered) {
+      of_use.forgotten = of_use.rounds.begin()->second.failed;
+      of_use.rounds.erase(of_use.rounds.begin());
+    }
   }
 
   // Why the arrival is late, if it was called before a round failed that is older than `before` and
   // that it has not come to; otherwise empty.  If it was called after that, the program has begun
   // anew.  Notes that it came.
   std::string Refusal(const Use& use, const Arrival& arrival, std::uint64_t before) {
-    const auto of_use = missed_.find(use);
-    if (of_use == missed_.end()) return "";
+    const auto of_use = uses_.find(use);
+    if (of_use == uses_.end()) return "";
+    const bool dated = arrival.called != Clock::time_point();
+    const std::string late =
+        arrival.name + " came after its round had failed; run the step again on every device.";
+    // Too many failed to know which; an error for an arrival in time is better than a wrong sum.
+    if (dated && arrival.called < of_use->second.forgotten) return late;
     std::string error;
-    auto& rounds = of_use->second;
+    auto& rounds = of_use->second.rounds;
     for (auto next = rounds.begin();
          error.empty() && next != rounds.end() && next->first < before;) {
       Missed& missed = next->second;
       const bool is_new = missed.came.insert(arrival.participant).second;
-      if (is_new && arrival.called != Clock::time_point() && arrival.called < missed.failed) {
-        error = arrival.name +
-                " came after its round had failed; run the step again on every device. The "
-                "round: " +
-                missed.error;
+      if (is_new && dated && arrival.called < missed.failed) {
+        error = late + " The round: " + missed.error;
       }
       const bool all_came = static_cast<int>(missed.came.size()) >= missed.num_devices;
       next = all_came ? rounds.erase(next) : std::next(next);
     }
-    if (rounds.empty()) missed_.erase(of_use);
     return error;
   }
 
  private:
-  static constexpr std::size_t kRemembered = 64;  // nothing is still to come to an earlier one
+  static constexpr std::size_t kRemembered = 64;  // rounds of a use, one by one
 
   struct Missed {
     Clock::time_point failed;
@@ -62,7 +66,12 @@ class MissedRounds {
     std::string error;
   };
 
-  std::map<Use, std::map<std::uint64_t, Missed>> missed_;  // by round
+  struct OfUse {
+    std::map<std::uint64_t, Missed> rounds;  // by id
+    Clock::time_point forgotten{};           // when the last of those failed that are not there
+  };
+
+  std::map<Use, OfUse> uses_;
 };
 
 }  // namespace gluon_syncbn

@@ -40,7 +40,8 @@ std::string OneLine(std::string text) {
 
 std::shared_ptr<const RoundLog> RoundLog::Open(const std::string& path) {
   if (path == "stderr") return std::shared_ptr<const RoundLog>(new RoundLog(STDERR_FILENO, false));
-  const int file = open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+  // O_NONBLOCK: for a pipe that nobody reads.
+  const int file = open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NONBLOCK, 0666);
   if (file < 0) return nullptr;
   return std::shared_ptr<const RoundLog>(new RoundLog(file, true));
 }

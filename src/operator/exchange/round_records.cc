@@ -28,21 +28,23 @@ DeviceRecord& RoundRecords::DeviceOf(KeyRecord* key, const Arrival& arrival) {
 }
 
 void RoundRecords::Add(KeyRecord* key, const Round& round, bool succeeded, Clock::time_point now) {
-  // Those who came to a round that failed have waited until now.
   const Clock::time_point complete = succeeded ? LastCame(round) : now;
   if (past_.empty()) past_.resize(kPastArrivals);
+  // Of those that came at the same time, the last in the round.
   const Arrival& last =
-      std::max_element(round.present.begin(), round.present.end(),
+      std::max_element(round.present.rbegin(), round.present.rend(),
                        [](const Present& a, const Present& b) { return a.came < b.came; })
           ->arrival;
   double all_waited = 0;
   for (const Present& p : round.present) {
-    const double waited = Seconds(complete - p.came);
     DeviceRecord& device = DeviceOf(key, p.arrival);
-    ++device.rounds;
-    device.waited += waited;
-    device.longest = std::max(device.longest, waited);
-    all_waited += waited;
+    if (succeeded) {  // or nobody knows whom they waited for
+      const double waited = Seconds(complete - p.came);
+      ++device.rounds;
+      device.waited += waited;
+      device.longest = std::max(device.longest, waited);
+      all_waited += waited;
+    }
     past_[next_++ % kPastArrivals] = {
         key,      round.id, p.arrival.participant, last.participant, p.came,
         complete, now,      p.arrival.call,        last.backward,    succeeded};

@@ -16,13 +16,14 @@
 
 namespace gluon_syncbn {
 
-// One participant under one key.  It waits from its arrival until the last one's.
+// One participant under one key, in rounds that succeeded.  It waits from its arrival until the
+// last one's.
 struct DeviceRecord {
-  std::uint64_t rounds = 0;  // to which it came
-  std::uint64_t last = 0;    // of them, those to which it came last
-  double held = 0;           // seconds that the others waited in those
-  double waited = 0;         // seconds, in all rounds
-  double longest = 0;        // seconds, in one
+  std::uint64_t rounds = 0;
+  std::uint64_t last = 0;  // of them, those to which it came last
+  double held = 0;         // seconds that the others waited in those
+  double waited = 0;       // seconds, in all rounds
+  double longest = 0;      // seconds, in one
 };
 
 struct KeyRecord {
@@ -39,9 +40,9 @@ struct PastArrival {
   const KeyRecord* key = nullptr;
   std::uint64_t round = 0;
   std::uint64_t participant = 0;
-  std::uint64_t last = 0;        // who came last to the round
+  std::uint64_t last = 0;        // who came last to the round, of those who came
   Clock::time_point came{};      // it came,
-  Clock::time_point complete{};  // the last one did,
+  Clock::time_point complete{};  // the last one did (or the round failed),
   Clock::time_point ended{};     // and the result did
   int call = 0;
   bool backward = false;

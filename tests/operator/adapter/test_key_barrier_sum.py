@@ -275,3 +275,32 @@ for x in xs:
     mx.nd.contrib.KeyBarrierSum(x, key="k", num_devices=2)
 """
     fresh_process.run(script, timeout=60)
+
+
+def test_a_device_that_is_late_for_very_many_rounds():
+    """More than are remembered one by one: it gets no other round's sum."""
+    two, count = [mx.cpu(0), mx.cpu(1)], 100
+
+    def exchange(contexts, arrays):
+        xs = [array.as_in_context(c) for array in arrays for c in contexts]
+        return [mx.nd.contrib.KeyBarrierSum(x, key="very late", num_devices=2) for x in xs]
+
+    def failures(arrays):
+        failed = 0
+        for array in arrays:
+            try:
+                array.wait_to_read()
+            except mx.MXNetError:
+                failed += 1
+        return failed
+
+    gluon_syncbn.set_timeout(0.3)
+    one = mx.nd.ones(1)
+    with held(mx.nd.ones(1, ctx=two[1])) as late:
+        early_ones = exchange(two[:1], [one] * count)
+        late_ones = exchange(two[1:], [late] * count)
+        assert failures(early_ones) == count
+    assert failures(late_ones) == count
+    gluon_syncbn.set_timeout(30)
+    again = exchange(two, [one])
+    assert [y.asscalar() for y in again] == [2, 2]
