@@ -93,6 +93,10 @@ std::string Advice(Cause cause) {
              "run it.";
     case Cause::kLate:
       return "After a failure, begin the step anew on every device.";
+    case Cause::kEarlierCall:
+      return "Look at what that call waits for, since a device's calls run in the program's order. "
+             "If it is only slow: " +
+             longer;
     case Cause::kSlow:
       return "It is still running; " + longer;
     case Cause::kStopped:

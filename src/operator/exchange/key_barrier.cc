@@ -376,9 +376,7 @@ std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
       ++waiting;
       continue;
     }
-    const std::string error = Describe(waiting->present.arrival) + why +
-                              " An earlier call with this key on " + waiting->present.arrival.name +
-                              " has not run yet.";
+    const std::string error = Describe(waiting->present.arrival) + why;
     Round round{0, waiting->present.arrival.num_devices, waiting->since, {}};
     waiting->present.came = waiting->since;
     round.present.push_back(waiting->present);
@@ -386,6 +384,9 @@ std::vector<KeyBarrier::FailedRound> KeyBarrier::TakeRounds(Predicate predicate,
     waiting->present.arrival.values.clear();
     waiting->present.done = [](const Result&) {};
     taken.push_back(CountedFailure(std::move(round), error));
+    taken.back().diagnosis = {
+        Cause::kEarlierCall,
+        "An earlier call with this key on " + waiting->present.arrival.name + " has not run yet."};
     ++waiting;
   }
   return taken;

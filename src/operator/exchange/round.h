@@ -59,6 +59,7 @@ enum class Cause {
   kTooFew,          // so many participants have never been seen
   kNotThisKey,      // the others are there, but have never come to this key
   kLate,            // the others' round has failed already
+  kEarlierCall,     // of the same participant, has not run
   kSlow,            // the others are on their way
   kStopped,         // the others have come to nothing since
 };
