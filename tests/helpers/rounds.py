@@ -1,4 +1,4 @@
-"""Rounds of the process's exchange whose devices come in a known order, whatever the machine does."""
+"""Rounds of the process's exchange whose devices come in a known order, also on a busy machine."""
 
 import ctypes
 import time
