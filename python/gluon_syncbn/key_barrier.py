@@ -6,11 +6,12 @@ import atexit
 import ctypes
 import math
 import os
-from typing import Any, Callable, Iterable
+from contextlib import contextmanager
+from typing import Any, Callable, Iterable, Iterator
 
 import mxnet as mx
 
-from .library import LIBRARY, check, strings
+from .library import LIBRARY, Records, check, strings
 
 TIMEOUT_VARIABLE = "GLUON_SYNCBN_TIMEOUT"
 LOG_VARIABLE = "GLUON_SYNCBN_LOG"
@@ -73,54 +74,21 @@ class KeyBarrier:
         """Fail every later round of these keys."""
         check(LIBRARY.BarrierRefuse(self._handle, *strings(keys), why.encode()))
 
-    def records(self, reset: bool) -> tuple[list, list]:
-        """Return what happened so far; see ``src/operator/exchange/round_records.h``.
-
-        Returns
-        -------
-        list of tuple
-            By key: key, rounds, failures, seconds elsewhere, {device: (rounds, last, held,
-            waited, longest)}.
-        list of tuple
-            Past arrivals: key, call, round, backward, succeeded, device, last, came, complete,
-            ended.
-        """
+    @contextmanager
+    def records(self, reset: bool) -> Iterator[Records]:
+        """Give what happened so far, until the block ends; see ``src/operator/library.cc``."""
         # No callbacks from the library: they would swallow Ctrl-C.
         records = LIBRARY.BarrierRecords(self._handle, reset)
         if not records:
             raise MemoryError(LIBRARY.LastError().decode())
         try:
-            return _keys_in(records.contents), _arrivals_in(records.contents)
+            yield records.contents
         finally:
             LIBRARY.RecordsFree(records)
 
     def close(self, why: str) -> None:
         """Fail all rounds and every later arrival."""
         check(LIBRARY.BarrierClose(self._handle, why.encode()))
-
-
-def _text(encoded):
-    return encoded.decode(errors="replace")
-
-
-def _keys_in(records):
-    keys, first = [], 0
-    for row in records.keys[: records.num_keys]:
-        devices = records.devices[first : first + row.num_devices]
-        first += row.num_devices
-        by_name = {_text(d.name): (d.rounds, d.last, d.held, d.waited, d.longest) for d in devices}
-        keys.append((_text(row.key), row.rounds, row.failures, row.elsewhere, by_name))
-    return keys
-
-
-def _arrivals_in(records):
-    return [
-        (
-            *(_text(row.key), row.call, row.round, bool(row.backward), bool(row.succeeded)),
-            *(_text(row.name), _text(row.last), row.came, row.complete, row.ended),
-        )
-        for row in records.arrivals[: records.num_arrivals]
-    ]
 
 
 BARRIER = KeyBarrier()

@@ -7,7 +7,8 @@ from collections import defaultdict
 from typing import Dict, List, NamedTuple
 
 from .key_barrier import BARRIER
-from .waiting_chart import by_number, draw
+from .waiting_chart import draw
+from .waiting_names import by_number, printable
 from .waiting_trace import add_events
 
 RESULTS = ["BarrierStats", "DeviceStats", "KeyStats", "Wait"]  # what users get
@@ -142,7 +143,7 @@ class BarrierStats:
             longest = max(device.longest for device in key.devices.values())
             rows.append(
                 (
-                    _printable(name),
+                    _shorten(name),
                     str(key.rounds),
                     str(key.failures),
                     _time(_waited(key)),
@@ -219,8 +220,8 @@ def _time(seconds):
     return f"{seconds:.3f} s" if seconds >= 1 else f"{1000 * seconds:.3f} ms"
 
 
-def _printable(key):
-    text = "".join(c if c.isprintable() else "?" for c in key)
+def _shorten(key):
+    text = printable(key)
     return text if len(text) <= 60 else text[:28] + "..." + text[-29:]
 
 
@@ -267,13 +268,31 @@ def barrier_stats(reset: bool = False) -> BarrierStats:
     batchnorm1_      40       0  402.978 ms  23.623 ms      cpu(1)
     batchnorm0_      40       0   37.222 ms   5.029 ms      cpu(0)
     """
-    keys, waits = BARRIER.records(reset)
-    return BarrierStats(
-        {
-            name: KeyStats(
-                rounds, failures, elsewhere, {d: DeviceStats(*s) for d, s in devices.items()}
-            )
-            for name, rounds, failures, elsewhere, devices in keys
-        },
-        [Wait(*wait) for wait in waits],
-    )
+    with BARRIER.records(reset) as records:
+        return BarrierStats(_keys_in(records), _waits_in(records))
+
+
+def _text(encoded):
+    return encoded.decode(errors="replace")
+
+
+def _keys_in(records):
+    keys, first = {}, 0
+    for row in records.keys[: records.num_keys]:
+        rows = records.devices[first : first + row.num_devices]
+        first += row.num_devices
+        devices = {
+            _text(d.name): DeviceStats(d.rounds, d.last, d.held, d.waited, d.longest) for d in rows
+        }
+        keys[_text(row.key)] = KeyStats(row.rounds, row.failures, row.elsewhere, devices)
+    return keys
+
+
+def _waits_in(records):
+    return [
+        Wait(
+            *(_text(row.key), row.call, row.round, bool(row.backward), bool(row.succeeded)),
+            *(_text(row.name), _text(row.last), row.came, row.complete, row.ended),
+        )
+        for row in records.arrivals[: records.num_arrivals]
+    ]

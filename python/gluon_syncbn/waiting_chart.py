@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from .waiting_names import by_number, printable
+
 _KEYS = 15
 _NAME = 40  # characters of a key
 
@@ -33,11 +35,6 @@ def draw(waits: list, filename: Any) -> None:
     _draw_keys(by_key, keys, devices, colors)
     figure.tight_layout()
     figure.savefig(filename)
-
-
-def by_number(device: str) -> tuple:
-    """Return what sorts cpu(2) before cpu(10)."""
-    return len(device), device
 
 
 def _draw_time(axes, waits, devices, colors):
@@ -81,5 +78,5 @@ def _seconds_by_key(waits):
 
 def _shorten(key):
     # A dollar sign would begin a formula.
-    text = "".join(c if c.isprintable() else "?" for c in key).replace("$", r"\$")
+    text = printable(key).replace("$", r"\$")
     return text if len(text) <= _NAME else "..." + text[-_NAME:]

@@ -221,9 +221,7 @@ struct OwnedRecords : Records {
     const auto name = [this](std::uint64_t participant) {
       return copy_.names.at(participant).c_str();
     };
-    const auto seconds = [](Clock::time_point time) {
-      return std::chrono::duration<double>(time.time_since_epoch()).count();
-    };
+    const auto seconds = [](Clock::time_point time) { return Seconds(time.time_since_epoch()); };
     for (const auto& key : copy_.keys) {
       key_rows_.push_back({key.key.c_str(), key.rounds, key.failures, key.elsewhere,
                            static_cast<int>(key.devices.size())});

@@ -79,14 +79,10 @@ def test_an_interruption_that_takes_a_wakeup(two, monkeypatch):
     assert [out.asscalar() for out in model(xs)] == [2, 2]
 
 
-def test_a_forked_child_trains_though_the_parents_locks_were_held():
-    """The threads that hold the locks do not exist in the child."""
-    script = """
-import os, signal, threading
-import gluon_syncbn
+# A script begins with it: a model on two contexts, and its training step.
+TWO_DEVICES = """
 import mxnet as mx
 from gluon_syncbn import ModelDataParallel, SyncBatchNorm, parallel_backward
-from gluon_syncbn.data_parallel import device_threads
 contexts = [mx.cpu(0), mx.cpu(1)]
 net = SyncBatchNorm(in_channels=1)
 net.initialize(ctx=contexts)
@@ -98,6 +94,15 @@ def step():
         outs = model(xs)
     parallel_backward(outs)
     assert [round(float(out.asscalar()), 1) for out in outs] == [-1.0, 1.0]
+"""
+
+
+def test_a_forked_child_trains_though_the_parents_locks_were_held():
+    """The threads that hold the locks do not exist in the child."""
+    script = """
+import os, signal, threading
+import gluon_syncbn
+from gluon_syncbn.data_parallel import device_threads
 
 step()
 held, go = threading.Event(), threading.Event()
@@ -121,29 +126,19 @@ go.set()
 step()
 raise SystemExit(status != 0)
 """
-    fresh_process.run(script, timeout=200)
+    fresh_process.run(TWO_DEVICES + script, timeout=200)
 
 
 def test_a_fork_while_another_thread_trains():
     """It waits until all devices have their parts, which need the interpreter that it stops."""
     script = """
 import os, threading, time
-import mxnet as mx
-from gluon_syncbn import ModelDataParallel, SyncBatchNorm, parallel_backward
-contexts = [mx.cpu(0), mx.cpu(1)]
-net = SyncBatchNorm(in_channels=1)
-net.initialize(ctx=contexts)
-model = ModelDataParallel(net, contexts)
-xs = [mx.nd.full((1, 1), i, ctx=c) for i, c in enumerate(contexts)]
 steps = 0
 
 def train():
     global steps
     while go:
-        with mx.autograd.record():
-            outs = model(xs)
-        parallel_backward(outs)
-        assert [round(float(out.asscalar()), 1) for out in outs] == [-1.0, 1.0]
+        step()
         steps += 1
 
 go = True
@@ -161,7 +156,7 @@ go = False
 thread.join()
 print(steps >= 60)
 """
-    assert fresh_process.run(script, timeout=60).stdout.strip() == "True"
+    assert fresh_process.run(TWO_DEVICES + script, timeout=60).stdout.strip() == "True"
 
 
 def test_run_on_gives_and_raises_what_the_function_does(two):

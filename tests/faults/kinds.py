@@ -77,7 +77,7 @@ def never_comes(run, random):
     missing, *others = devices(run, random)
     run.skippable.skips = missing
     short(random)
-    xs, ys = run.batch(len(run.states))
+    xs, ys = run.next_batch()
     outs = run.forward(xs)
     if random.random() < 0.5:
         read_errors(outs, DEADLINE, others)
@@ -103,7 +103,7 @@ def comes_late(run, random):
     late, *others = devices(run, random)
     again = random.random() < 0.5
     short(random)
-    xs, _ = run.batch(len(run.states))
+    xs, _ = run.next_batch()
     number = run.contexts.index(late)
     with held(xs[number]) as slow:
         outs = run.forward([slow if x.context == late else x for x in xs])
@@ -128,7 +128,7 @@ def comes_late_from_python(run, random):
 
     run.places[place].fault = wait
     short(random)
-    xs, _ = run.batch(len(run.states))
+    xs, _ = run.next_batch()
     outs = run.forward(xs)
     read_errors(outs, "its pass had failed before|" + DEADLINE)
     return ""
@@ -146,7 +146,7 @@ def raises_in_forward(run, random):
             raise Struck("everywhere")
 
     place.fault = act
-    xs, ys = run.batch(len(run.states))
+    xs, ys = run.next_batch()
     with pytest.raises(Struck):
         run.losses(xs, ys)
     return ""
@@ -164,7 +164,7 @@ def raises_in_a_hook(run, random):
     register = random.choice([child.register_forward_hook, child.register_forward_pre_hook])
     handle = register(hook)
     try:
-        xs, ys = run.batch(len(run.states))
+        xs, ys = run.next_batch()
         with pytest.raises(Struck):
             run.losses(xs, ys)
     finally:
@@ -175,7 +175,7 @@ def raises_in_a_hook(run, random):
 @fault(5)
 def raises_in_the_loss(run, random):
     device = random.choice(run.contexts)
-    xs, ys = run.batch(len(run.states))
+    xs, ys = run.next_batch()
     outs = run.forward(xs)
 
     def loss(out, label):
@@ -199,7 +199,7 @@ def fails_in_backward(run, random):
     """An operator's gradient fails on one device; the others wait for the layers before it."""
     device = random.choice(run.contexts)
     run.places["end"].fault = lambda x: FailsBackward()(x) if x.context == device else x
-    xs, ys = run.batch(len(run.states))
+    xs, ys = run.next_batch()
     losses = run.losses(xs, ys)
     settle()
     short(random)
@@ -213,7 +213,7 @@ def fails_in_backward(run, random):
 @fault(5)
 def one_loss_is_not_recorded(run, random):
     """A device has nothing to differentiate: its backward raises at once."""
-    xs, ys = run.batch(len(run.states))
+    xs, ys = run.next_batch()
     losses = run.losses(xs, ys)
     number = random.randrange(len(losses))
     losses[number] = losses[number].detach()
@@ -225,7 +225,7 @@ def one_loss_is_not_recorded(run, random):
 @fault(5)
 def one_device_runs_no_backward(run, random):
     """The others wait for it in their backward passes, up to the deadline."""
-    xs, ys = run.batch(len(run.states))
+    xs, ys = run.next_batch()
     losses = run.losses(xs, ys)
     absent = random.choice(run.contexts)
     settle()
@@ -243,7 +243,7 @@ def one_device_runs_no_backward(run, random):
 def brings_other_channels(run, random):
     """To a layer, which is an error of its own; to a sum, which is an error of the exchange."""
     device = random.choice(run.contexts)
-    xs, _ = run.batch(len(run.states))
+    xs, _ = run.next_batch()
     if random.random() < 0.5:
         run.places["middle"].fault = lambda x: (
             mx.nd.concat(x, x, dim=1) if x.context == device else x
@@ -267,7 +267,7 @@ def brings_other_channels(run, random):
 @fault(5)
 def says_another_number_of_devices(run, random):
     device = random.choice(run.contexts)
-    xs, _ = run.batch(len(run.states))
+    xs, _ = run.next_batch()
 
     def other(options):
         if options["data"].context == device:
@@ -287,7 +287,7 @@ def an_input_is_an_error(run, random):
         x + mx.nd.random.normal(0, -1, shape=(1,), ctx=device) if x.context == device else x
     )
     short(random)
-    xs, _ = run.batch(len(run.states))
+    xs, _ = run.next_batch()
     for out in run.forward(xs):
         pattern = "scale|sigma|negative" if out.context == device else DEADLINE
         with pytest.raises(mx.MXNetError, match=pattern):
@@ -314,7 +314,7 @@ def interruption(delay):
 
 @fault(20)
 def interrupted_anywhere(run, random):
-    xs, ys = run.batch(len(run.states))
+    xs, ys = run.next_batch()
     with pytest.raises(KeyboardInterrupt):
         with interruption(random.choice([0.001, 0.004, 0.02]) * random.random()):
             losses = run.losses(xs, ys)
@@ -335,7 +335,7 @@ def interrupted_while_devices_run(run, random):
         return x
 
     run.places[random.choice(PLACES)].fault = take_time
-    xs, ys = run.batch(len(run.states))
+    xs, ys = run.next_batch()
     with pytest.raises(KeyboardInterrupt):
         with interruption(0.03):
             run.losses(xs, ys)
@@ -347,7 +347,7 @@ def interrupted_while_a_result_is_read(run, random):
     """Python raises it when the wait is over: at the deadline at the latest."""
     run.skippable.skips = random.choice(run.contexts)
     gluon_syncbn.set_timeout(0.1)
-    xs, _ = run.batch(len(run.states))
+    xs, _ = run.next_batch()
     with pytest.raises((KeyboardInterrupt, mx.MXNetError)):
         with interruption(0.03):
             for out in run.forward(xs):
@@ -358,7 +358,7 @@ def interrupted_while_a_result_is_read(run, random):
 @fault(10)
 def forgotten_in_flight(run, random):
     """Wrapper, network and results are deleted while their all-reduces wait."""
-    xs, _ = run.batch(len(run.states))
+    xs, _ = run.next_batch()
     late = random.randrange(len(xs))
     comes = random.random() < 0.5
     if not comes:
@@ -390,7 +390,7 @@ def another_thread_trains_meanwhile(run, random):
     side = SyncBatchNorm(in_channels=2)
     side.initialize(ctx=run.contexts)
     model = ModelDataParallel(side, run.contexts)
-    xs, _ = run.batch(len(run.states))
+    xs, _ = run.next_batch()
     rows = np.concatenate([x.asnumpy() for x in xs])
     mean, std = rows.mean((0, 2, 3), keepdims=True), rows.std((0, 2, 3), keepdims=True)
 
@@ -410,7 +410,7 @@ def another_thread_trains_meanwhile(run, random):
 @fault(1)
 def forks_with_rounds_open(run, random):
     """The child trains a step, and the parent goes on with its own."""
-    xs, ys = run.batch(len(run.states))
+    xs, ys = run.next_batch()
     losses = run.losses(xs, ys)
     child = os.fork()
     if child == 0:
@@ -436,7 +436,7 @@ def forks_with_rounds_open(run, random):
 @fault(1)
 def a_data_loader_forks_in_the_middle(run, random):
     """Its workers start while a step is under way."""
-    xs, ys = run.batch(len(run.states))
+    xs, ys = run.next_batch()
     losses = run.losses(xs, ys)
     data = gluon.data.ArrayDataset(np.arange(8, dtype="float32"))
     loader = gluon.data.DataLoader(data, 4, num_workers=2)

@@ -113,9 +113,9 @@ class Training:
         )
         self.states = []  # after each step
 
-    def batch(self, number):
-        """The shards of a step's data, and of its labels."""
-        random = np.random.RandomState([self._seed, number])
+    def next_batch(self):
+        """The shards of the next step's data, and of its labels."""
+        random = np.random.RandomState([self._seed, len(self.states)])
         rows = 2 * len(self.contexts) + 1  # shards of different size
         data, label = random.randn(rows, 2, 6, 6), random.randint(0, 3, rows)
         return [
@@ -133,7 +133,7 @@ class Training:
 
     def step(self):
         """Train by the next batch, and note the state that this leads to."""
-        xs, ys = self.batch(len(self.states))
+        xs, ys = self.next_batch()
         parallel_backward(self.losses(xs, ys))
         self.trainer.step(sum(map(len, xs)))
         self.states.append(self.state())

@@ -31,15 +31,15 @@ def adopt_graphs(net):
         graph = Graph(graph_of(block))
         check_operators(graph)
         nodes = [node for node in graph.nodes if node.op in EXCHANGES]
-        for node, key in zip(nodes, KEYS.of_graph(_keys_of(nodes))):
+        for node, key in zip(nodes, new_keys(nodes)):
             node.attrs["key"] = key
         if nodes:
             set_graph(block, graph.symbol())
         _adopted.add(block)
 
 
-def _keys_of(nodes):
-    """List the keys of a graph's all-reduces, where two layers with one key get two."""
+def new_keys(nodes):
+    """List keys for a graph's all-reduces that no other graph has; two layers never get one."""
     owners, keys = {}, []  # owners: key -> the moving mean of its layer, or None for KeyBarrierSum
     for node in nodes:
         key = node.attrs["key"]
@@ -47,7 +47,7 @@ def _keys_of(nodes):
         while owners.setdefault(key, owner) is not owner:
             key += "#"
         keys.append(key)
-    return keys
+    return KEYS.of_graph(keys)
 
 
 def _read_graph(block):

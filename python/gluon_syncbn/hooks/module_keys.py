@@ -14,15 +14,15 @@ from mxnet.module.executor_group import DataParallelExecutorGroup
 
 from ..conversion.graph import Graph
 from ..conversion.rewriting import EXCHANGES
-from ..keys import KEYS
+from ..data_parallel.exchanges import new_keys
 
-_binding = threading.local()  # .contexts: how many; .keys: key -> its name in this Module
+_binding = threading.local()  # .contexts: how many; .keys: new ones, once they are known
 
 
 def _bind_exec(bind):
     @functools.wraps(bind)
     def bind_with_own_keys(self, *args, **kwargs):
-        _binding.contexts, _binding.keys = len(self.contexts), {}
+        _binding.contexts, _binding.keys = len(self.contexts), None
         try:
             return bind(self, *args, **kwargs)
         finally:
@@ -41,11 +41,10 @@ def give_own_keys(graph: Graph) -> bool:
         for node in graph.nodes
         if node.op in EXCHANGES and node.attrs.get("num_devices", "0") in ("0", str(contexts))
     ]
-    names = _binding.keys  # filled for the first context
-    new = dict.fromkeys(node.attrs["key"] for node in nodes if node.attrs["key"] not in names)
-    names.update(zip(new, KEYS.of_graph(new)))
-    for node in nodes:
-        node.attrs["key"] = names[node.attrs["key"]]
+    if _binding.keys is None:
+        _binding.keys = new_keys(nodes)
+    for node, key in zip(nodes, _binding.keys):  # of the same symbol on every context
+        node.attrs["key"] = key
     return bool(nodes)
 
 

@@ -13,8 +13,8 @@ namespace {
 
 using Participants = std::set<std::uint64_t>;
 
-std::string Seconds(Clock::duration duration) {
-  const double seconds = std::chrono::duration<double>(duration).count();
+std::string InWords(Clock::duration duration) {
+  const double seconds = Seconds(duration);
   std::ostringstream os;
   os.setf(std::ios::fixed);
   os.precision(seconds < 10 ? 1 : 0);
@@ -174,7 +174,7 @@ class Case {
     os << Name(slowest);
     if (!InPass() && latest.failed && *latest.key == first_.key && !first_.backward &&
         !latest.backward && !Meet(Set(e_.past.ParticipantsOf(latest.round)), present_)) {
-      os << " waited in this exchange until that failed, " << Seconds(e_.now - latest.ended)
+      os << " waited in this exchange until that failed, " << InWords(e_.now - latest.ended)
          << " ago, and " << Names(present_) << " came only after it.";
       return {Cause::kLate, os.str()};
     }
@@ -182,7 +182,7 @@ class Case {
       os << " has not come to any exchange yet";
     } else {
       os << " came last to the " << Direction(latest.backward) << " exchange of "
-         << Key(*latest.key) << ", " << Seconds(e_.now - latest.came) << " ago";
+         << Key(*latest.key) << ", " << InWords(e_.now - latest.came) << " ago";
     }
     std::map<std::uint64_t, int> rounds;  // of this use to which each has come
     int most = 0;

@@ -13,8 +13,8 @@ namespace gluon_syncbn {
 namespace {
 
 // A timeout, limited to what keeps the watching thread from spinning and fits the clock.
-std::chrono::steady_clock::duration Seconds(double seconds) {
-  return std::chrono::duration_cast<std::chrono::steady_clock::duration>(
+Clock::duration ToTimeout(double seconds) {
+  return std::chrono::duration_cast<Clock::duration>(
       std::chrono::duration<double>(std::min(1e9, std::max(1e-3, seconds))));
 }
 
@@ -53,7 +53,7 @@ Contradiction FindContradiction(const Arrival& first, int round_devices, const A
 }  // namespace
 
 KeyBarrier::KeyBarrier(double timeout_seconds, std::shared_ptr<const RoundLog> log)
-    : timeout_(Seconds(timeout_seconds)), log_(std::move(log)) {}
+    : timeout_(ToTimeout(timeout_seconds)), log_(std::move(log)) {}
 
 KeyBarrier::~KeyBarrier() {
   Close("the process is ending");
@@ -548,7 +548,7 @@ void KeyBarrier::SetTimeout(double seconds) {
   std::set<std::shared_ptr<Transport>> transports;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    timeout_ = Seconds(seconds);
+    timeout_ = ToTimeout(seconds);
     next_look_ = Clock::now();  // the new deadline applies to open rounds as well
     for (const auto& key_and_notes : notes_) {
       if (key_and_notes.second.transport) transports.insert(key_and_notes.second.transport);
@@ -560,7 +560,7 @@ void KeyBarrier::SetTimeout(double seconds) {
 
 double KeyBarrier::Timeout() const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return std::chrono::duration<double>(timeout_).count();
+  return Seconds(timeout_);
 }
 
 std::uint64_t KeyBarrier::Failures(const std::string& key) const {
@@ -603,8 +603,7 @@ void KeyBarrier::Watch() {
     }
     const Clock::time_point now = Clock::now();
     std::ostringstream why;
-    why << "not every device came within " << std::chrono::duration<double>(timeout_).count()
-        << " s.";
+    why << "not every device came within " << Seconds(timeout_) << " s.";
     const auto diagnoses = DiagnosesOfLate(now);
     Ended ended;
     ended.failed =

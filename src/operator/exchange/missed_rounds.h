@@ -37,10 +37,11 @@ class MissedRounds {
     const auto of_use = uses_.find(use);
     if (of_use == uses_.end()) return "";
     const bool dated = arrival.called != Clock::time_point();
-    const std::string late =
-        arrival.name + " came after its round had failed; run the step again on every device.";
+    const auto late = [&arrival] {
+      return arrival.name + " came after its round had failed; run the step again on every device.";
+    };
     // Too many failed to know which; an error for an arrival in time is better than a wrong sum.
-    if (dated && arrival.called < of_use->second.forgotten) return late;
+    if (dated && arrival.called < of_use->second.forgotten) return late();
     std::string error;
     auto& rounds = of_use->second.rounds;
     for (auto next = rounds.begin();
@@ -48,11 +49,12 @@ class MissedRounds {
       Missed& missed = next->second;
       const bool is_new = missed.came.insert(arrival.participant).second;
       if (is_new && dated && arrival.called < missed.failed) {
-        error = late + " The round: " + missed.error;
+        error = late() + " The round: " + missed.error;
       }
       const bool all_came = static_cast<int>(missed.came.size()) >= missed.num_devices;
       next = all_came ? rounds.erase(next) : std::next(next);
     }
+    if (rounds.empty() && of_use->second.forgotten == Clock::time_point()) uses_.erase(of_use);
     return error;
   }
 

@@ -1,7 +1,6 @@
 // A round of the exchange, that is, one all-reduce: who has come to it, with what, and when.
 #pragma once
 
-#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <functional>
@@ -13,6 +12,10 @@
 namespace gluon_syncbn {
 
 using Clock = std::chrono::steady_clock;
+
+inline double Seconds(Clock::duration duration) {
+  return std::chrono::duration<double>(duration).count();
+}
 
 // What one participant contributes to a round.
 struct Arrival {
@@ -101,12 +104,5 @@ struct Round {
   Clock::time_point opened{};
   std::vector<Present> present;  // in the order of their coming, until they are merged
 };
-
-// When the last of those who are present came.
-inline Clock::time_point LastCame(const Round& round) {
-  Clock::time_point last = round.opened;
-  for (const Present& p : round.present) last = std::max(last, p.came);
-  return last;
-}
 
 }  // namespace gluon_syncbn

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <ctime>
 #include <sstream>
@@ -24,8 +25,10 @@ std::string Now() {
   return std::string(text) + microseconds;
 }
 
-double Milliseconds(Clock::duration duration) {
-  return std::chrono::duration<double, std::milli>(duration).count();
+Clock::time_point LastCame(const Round& round) {
+  Clock::time_point last = round.opened;
+  for (const Present& p : round.present) last = std::max(last, p.came);
+  return last;
 }
 
 // A key may have any characters; a round has one line.
@@ -61,11 +64,11 @@ void RoundLog::Write(const Round& round, const std::string& error) const {
      << round.id << (error.empty() ? ":" : " FAILED:");
   const char* separator = " ";
   for (const Present& p : round.present) {
-    os << separator << p.arrival.name << " waited " << Milliseconds(complete - p.came) << " ms";
+    os << separator << p.arrival.name << " waited " << 1e3 * Seconds(complete - p.came) << " ms";
     separator = ", ";
   }
   if (error.empty() && (round.id & Transport::kElsewhere) != 0) {
-    os << ", " << Milliseconds(Clock::now() - complete) << " ms in other processes";
+    os << ", " << 1e3 * Seconds(Clock::now() - complete) << " ms in other processes";
   }
   if (!error.empty()) os << "; " << OneLine(error);
   os << '\n';

@@ -4,12 +4,6 @@
 #include <algorithm>
 
 namespace gluon_syncbn {
-namespace {
-
-double Seconds(Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
-
-}  // namespace
-
 KeyRecord& RoundRecords::Of(const std::string& key) {
   KeyRecord& record = keys_[key];
   if (record.key.empty()) record.key = key;
@@ -28,13 +22,13 @@ DeviceRecord& RoundRecords::DeviceOf(KeyRecord* key, const Arrival& arrival) {
 }
 
 void RoundRecords::Add(KeyRecord* key, const Round& round, bool succeeded, Clock::time_point now) {
-  const Clock::time_point complete = succeeded ? LastCame(round) : now;
   if (past_.empty()) past_.resize(kPastArrivals);
   // Of those that came at the same time, the last in the round.
-  const Arrival& last =
-      std::max_element(round.present.rbegin(), round.present.rend(),
-                       [](const Present& a, const Present& b) { return a.came < b.came; })
-          ->arrival;
+  const Present& latest =
+      *std::max_element(round.present.rbegin(), round.present.rend(),
+                        [](const Present& a, const Present& b) { return a.came < b.came; });
+  const Arrival& last = latest.arrival;
+  const Clock::time_point complete = succeeded ? latest.came : now;
   double all_waited = 0;
   for (const Present& p : round.present) {
     DeviceRecord& device = DeviceOf(key, p.arrival);

@@ -87,6 +87,17 @@ def test_devices_use_different_keys(two, key):
     )
 
 
+def trained(net, contexts):
+    """Initialize a network, run it once in training, and return its model and the inputs."""
+    net.initialize(ctx=contexts)
+    model = ModelDataParallel(net, contexts)
+    xs = [mx.nd.ones((2, 3), ctx=c) for c in contexts]
+    with autograd.record():
+        for y in model(xs):
+            y.wait_to_read()
+    return model, xs
+
+
 class Branch(gluon.Block):
     """Each device runs a layer of its own, if ``apart``."""
 
@@ -105,13 +116,9 @@ class Branch(gluon.Block):
 
 def test_devices_run_different_layers(two):
     net = Branch()
-    net.initialize(ctx=two)
-    model = ModelDataParallel(net, two)
-    xs = [mx.nd.ones((2, 3), ctx=c) for c in two]
+    model, xs = trained(net, two)
+    net.apart = True
     with autograd.record():
-        for y in model(xs):
-            y.wait_to_read()
-        net.apart = True
         y = model(xs)[0]
     message = message_of(y.asnumpy)
     assert re.match(  # the round that failed first ends the step
@@ -139,7 +146,7 @@ def test_a_device_is_not_in_backward(two):
 
 def test_num_devices_is_larger_than_the_number_of_devices(two, key):
     contexts = [mx.cpu(40), mx.cpu(41)]
-    for context in contexts:
+    for context in (two[0], *contexts):
         in_thread(meet, key + " alone", [context])
     meet(key, contexts)
     ys = [SUM(array(c), key=key + " of all", num_devices=100) for c in contexts]
@@ -200,13 +207,7 @@ def four():
     """A network that has been trained on four devices, and one that is to be late."""
     net = Late()
     net.add(SyncBatchNorm(in_channels=3))
-    contexts = [mx.cpu(i) for i in range(4)]
-    net.initialize(ctx=contexts)
-    model = ModelDataParallel(net, contexts)
-    xs = [mx.nd.ones((2, 3), ctx=c) for c in contexts]
-    with autograd.record():
-        for y in model(xs):
-            y.wait_to_read()
+    model, xs = trained(net, [mx.cpu(i) for i in range(4)])
     gluon_syncbn.set_timeout(0.5)
     return net, model, xs
 

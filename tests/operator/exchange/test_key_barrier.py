@@ -1,6 +1,5 @@
-"""The C++ class KeyBarrier, driven from threads through ctypes."""
+"""The C++ class KeyBarrier, driven from threads."""
 
-import ctypes
 import itertools
 import threading
 import time
@@ -8,64 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from gluon_syncbn import library
-from gluon_syncbn.key_barrier import KeyBarrier
+from barrier import MOMENTS, Barrier
+from gluon_syncbn.library import LIBRARY
 from reference import moments
-
-LIBRARY = library.LIBRARY
-SUM, MOMENTS = 0, 1
-
-
-class Barrier:
-    """A barrier for one test, and its results."""
-
-    def __init__(self, timeout):
-        self.handle = LIBRARY.BarrierCreate(timeout)
-        self.control = KeyBarrier(self.handle)
-        self._kept = []
-
-    def close(self):
-        LIBRARY.BarrierFree(self.handle)
-
-    def arrive(
-        self,
-        participant,
-        values,
-        num_devices,
-        key="k",
-        a_pass=0,
-        round_number=0,
-        kind="cpu",
-        merge=SUM,
-    ):
-        """Arrive and return a dict that is filled when the round ends."""
-        values = np.ascontiguousarray(values, "float64")
-        out = {"event": threading.Event()}
-
-        def done(_, total, number, devices, error):
-            out["total"] = np.array(total[: len(values)]) if total else None
-            out["round"], out["devices"], out["error"] = number, devices, error.decode()
-            out["event"].set()
-
-        callback = library.DONE(done)
-        self._kept.append(callback)
-        status = LIBRARY.BarrierArrive(
-            self.handle,
-            key.encode(),
-            a_pass,
-            round_number,
-            participant,
-            kind.encode(),
-            f"device {participant}".encode(),
-            num_devices,
-            merge,
-            values.ctypes.data_as(ctypes.POINTER(ctypes.c_double)),
-            len(values),
-            callback,
-            None,
-        )
-        assert status == 0
-        return out
 
 
 @pytest.fixture
